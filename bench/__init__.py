@@ -1,0 +1,1 @@
+"""sparsecert: train, prune, attack, certify and rank sparse image classifiers."""

@@ -1,0 +1,263 @@
+"""Suites: a TOML file becomes a grid of cells, each with a readable id and a fingerprint of everything it asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from leaderboard.canonical import canonical
+
+from .build import build, construct, find, fraction, plain
+from .data import AUGMENTATIONS, DATASETS
+from .errors import UserError, unknown
+from .models import MODELS
+from .threat import Threat
+from .train import Budget
+
+SUITES = Path(__file__).parent / "suites"
+HEADLINES = ("robust.worst", "certified.union")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One attack or verifier of a suite: the built object, its label on the board and the cells it applies to."""
+
+    label: str
+    spec: Mapping[str, Any]
+    tool: Any
+    objectives: tuple[str, ...] | None = None
+    first: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        out = {"name": self.spec["name"], "label": self.label, **plain(self.tool)}
+        return out if self.first is None else {**out, "first": self.first}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a suite's grid: train, prune, attack and certify one network."""
+
+    suite: str
+    version: int
+    data: Mapping[str, Any]
+    arch: str
+    method: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    density: Fraction
+    seed: int
+    budget: Budget
+    threat: Threat
+    attacks: tuple[Assignment, ...]
+    verifiers: tuple[Assignment, ...]
+    headline: str
+    samples: Mapping[str, Any] = field(default_factory=lambda: {"rule": "all"})
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole configuration, defaults included, as the record stores it."""
+        return {
+            "suite": self.suite,
+            "version": self.version,
+            "data": dict(self.data),
+            "arch": self.arch,
+            "method": {"name": self.method["name"], **plain(build("method", self.method))},
+            "objective": {"name": self.objective["name"], **plain(build("objective", self.objective))},
+            "density": str(self.density),
+            "seed": self.seed,
+            "budget": plain(self.budget),
+            "threat": plain(self.threat),
+            "attacks": [one.as_json() for one in self.attacks],
+            "verifiers": [one.as_json() for one in self.verifiers],
+            "headline": self.headline,
+            "samples": dict(self.samples),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(canonical(self.as_json())).hexdigest()
+
+    @property
+    def id(self) -> str:
+        words = [
+            f"{self.suite}@{self.version}", self.arch, _slug(self.method["name"]), _slug(self.objective["name"]),
+            f"d{float(self.density):g}", f"s{self.seed}", self.fingerprint[:8],
+        ]
+        return "-".join(words)
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    version: int
+    description: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+def _slug(name: str) -> str:
+    """mine.py:Mine -> Mine."""
+    return name.rpartition(":")[2]
+
+
+def shipped() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(SUITES.glob("*.toml"))}
+
+
+def read_suite(name: str, methods: Iterable[str] = ()) -> Suite:
+    """The shipped suite `name` or the TOML file of that path; `methods` are ranked beside the suite's own.
+
+    Raises UserError for anything in it that does not exist or has the wrong type.
+    """
+    path = Path(name) if name.endswith(".toml") else shipped().get(name)
+    if path is None:
+        raise unknown("suite", name, shipped())
+    if not path.is_file():
+        raise UserError(f"there is no suite file {path}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as reason:
+        raise UserError(f"{path} is not a readable TOML file: {reason}") from reason
+    return _suite(table, str(path), [{"name": method} for method in methods])
+
+
+KEYS = {"suite", "data", "threat", "samples", "budget", "grid", "method", "objective", "attack", "verifier"}
+
+
+def _suite(table: dict[str, Any], where: str, extra: list[dict[str, Any]]) -> Suite:
+    for key in table:
+        if key not in KEYS:
+            raise unknown(f"table in {where}", key, KEYS)
+    head = _table(table, "suite", where)
+    threat = construct(Threat, _table(table, "threat", where), "threat")
+    attacks = [_assignment("attack", spec, threat) for spec in _tables(table, "attack", where)]
+    verifiers = [_assignment("verifier", spec, threat) for spec in _tables(table, "verifier", where)]
+    methods = [*_tables(table, "method", where), *extra]
+    cells = [
+        cell
+        for objective in _tables(table, "objective", where)
+        for cell in _grid(table, where, head, threat, objective, methods, attacks, verifiers)
+    ]
+    if len({cell.id for cell in cells}) != len(cells):
+        raise UserError(f"{where} names the same cell twice; look for a repeated method, objective, density or seed")
+    name, version = _typed(head, "name", str, where), _typed(head, "version", int, where)
+    return Suite(name, version, str(head.get("description", "")), tuple(cells))
+
+
+def _grid(
+    table: dict[str, Any], where: str, head: dict[str, Any], threat: Threat, objective: dict[str, Any],
+    methods: list[dict[str, Any]], attacks: list[Assignment], verifiers: list[Assignment],
+) -> Iterable[Cell]:
+    grid, data = _table(table, "grid", where), _data(_table(table, "data", where))
+    name, base = str(objective.get("name")), _table(table, "budget", where)
+    own = {key: value for key, value in objective.items() if key not in ("headline", "budget")}
+    build("objective", own)
+    asked = [one for one in verifiers if one.objectives is None or name in one.objectives]
+    cell = Cell(
+        suite=_typed(head, "name", str, where), version=_typed(head, "version", int, where), data=data, arch="",
+        method={}, objective=own, density=Fraction(1), seed=0,
+        budget=construct(Budget, {**base, **objective.get("budget", {})}, f"budget of objective {name!r}"), threat=threat,
+        attacks=tuple(one for one in attacks if one.objectives is None or name in one.objectives),
+        verifiers=tuple(asked), headline=_headline(objective, asked), samples=_samples(table.get("samples", {})),
+    )
+    densities = [_density(value) for value in _list(grid, "density", where)]
+    for arch, seed in itertools.product(_archs(grid, where), _seeds(grid, where)):
+        for method in methods:
+            build("method", method)
+            prunes = getattr(find("method", method["name"]), "prunes", True)
+            for density in densities if prunes else [Fraction(1)]:
+                yield replace(cell, arch=arch, seed=seed, method=method, density=density)
+
+
+def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
+    own = {key: value for key, value in spec.items() if key not in ("label", "objectives", "first")}
+    tool = build(kind, {"norm": threat.norm, "eps": threat.eps, **own})
+    first, objectives = spec.get("first"), spec.get("objectives")
+    if first is not None and (not isinstance(first, int) or isinstance(first, bool) or first < 1):
+        raise UserError(f"`first` of {kind} {own['name']!r} must be a positive whole number, got {first!r}")
+    if objectives is not None and not isinstance(objectives, list):
+        raise UserError(f"`objectives` of {kind} {own['name']!r} must be a list of names, got {objectives!r}")
+    label = spec.get("label", _slug(str(own["name"])))
+    return Assignment(str(label), own, tool, None if objectives is None else tuple(objectives), first)
+
+
+def _headline(objective: dict[str, Any], verifiers: list[Assignment]) -> str:
+    known = [*HEADLINES, *(f"certified.{one.label}" for one in verifiers)]
+    headline = objective.get("headline", "robust.worst")
+    if headline not in known:
+        raise unknown(f"headline of objective {objective.get('name')!r}", str(headline), known)
+    return str(headline)
+
+
+def _samples(table: Any) -> dict[str, Any]:
+    if not isinstance(table, dict) or not set(table) <= {"every", "first"} or len(table) > 1:
+        raise UserError(f"[samples] holds `every = k` or `first = n`, got {table!r}")
+    for rule, value in table.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"`{rule}` in [samples] must be a positive whole number, got {value!r}")
+        return {"rule": rule, "value": value}
+    return {"rule": "all"}
+
+
+def _data(table: dict[str, Any]) -> dict[str, Any]:
+    name, augment = table.get("name"), table.get("augment", "none")
+    if name not in DATASETS:
+        raise unknown("data set", str(name), DATASETS)
+    if augment not in AUGMENTATIONS:
+        raise unknown("augmentation", str(augment), AUGMENTATIONS)
+    extra = set(table) - {"name", "augment"}
+    if extra:
+        raise unknown("field of [data]", sorted(extra)[0], ["name", "augment"])
+    return {"name": name, "augment": augment}
+
+
+def _density(value: Any) -> Fraction:
+    density = fraction(value, "density")
+    if not 0 < density <= 1:
+        raise UserError(f"density is the kept fraction, above 0 and at most 1, got {value!r}")
+    return density
+
+
+def _archs(grid: dict[str, Any], where: str) -> list[str]:
+    names = _list(grid, "arch", where)
+    for name in names:
+        if name not in MODELS:
+            raise unknown("model", str(name), MODELS)
+    return names
+
+
+def _seeds(grid: dict[str, Any], where: str) -> list[int]:
+    seeds = _list(grid, "seed", where)
+    for seed in seeds:
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise UserError(f"seed must be a whole number from 0, got {seed!r}")
+    return seeds
+
+
+def _table(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    return _typed(table, key, dict, where)
+
+
+def _tables(table: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    found = table.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{where}: write each {key} as a [[{key}]] table")
+    return found
+
+
+def _list(table: dict[str, Any], key: str, where: str) -> list[Any]:
+    return _typed(table, key, list, where)
+
+
+def _typed(table: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    value = table.get(key)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise UserError(f"{where}: {key!r} must be {'a table' if kind is dict else kind.__name__}, got {value!r}")
+    return value

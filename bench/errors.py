@@ -1,0 +1,20 @@
+"""The one exception for what a user can mend: shown as a single sentence with exit code 2, never as a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the value and the way out."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a catalogue; it offers the nearest known one."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(names)
+    if near and len(names) <= 12:
+        hint += " (known: " + ", ".join(names) + ")"
+    return UserError(f"unknown {kind} {name!r}; {hint}")

@@ -1,0 +1,95 @@
+"""Objectives trained on clean or attacked images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks import lp
+from attacks.pgd import PGD
+
+from ..train import Progress
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode: adversarial inputs are crafted with BatchNorm statistics and dropout at rest."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True)
+class Benign:
+    """Cross-entropy on clean images: the reference without robustness."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+
+@dataclass(frozen=True)
+class PGDTraining:
+    """Cross-entropy on PGD examples of the ball of radius eps. Madry et al. 2018 (arXiv 1706.06083).
+
+    step_size defaults to eps/4 (HYDRA's 2/255 at 8/255); the attack sees the masked weights, in eval mode. With `warmup`,
+    eps and step_size grow from 0 over the phase's ramp, without which very sparse networks trained from scratch stay weak.
+    """
+
+    norm: str = "linf"
+    eps: Fraction = Fraction(8, 255)
+    steps: int = 10
+    step_size: Fraction | None = None
+    warmup: bool = False
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        share = Fraction(progress.ramp) if self.warmup else Fraction(1)
+        step_size = None if self.step_size is None else self.step_size * share
+        attack = PGD(norm=self.norm, eps=self.eps * share, steps=self.steps, step_size=step_size, seed=None, last=True)
+        with evaluating(model):
+            x_adv = attack(model, x, y)
+        return F.cross_entropy(model(x_adv), y)
+
+
+@dataclass(frozen=True)
+class Trades:
+    """Clean cross-entropy plus beta times KL(p(x) || p(x_adv)), both differentiated. Zhang et al. 2019 (arXiv 1901.08573).
+
+    This is HYDRA's "adv". x_adv ascends the KL from x + 0.001 N(0, I); the KL is a batch mean (total / N).
+    """
+
+    norm: str = "linf"
+    eps: Fraction = Fraction(8, 255)
+    steps: int = 10
+    step_size: Fraction | None = None
+    beta: float = 6.0
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        with evaluating(model):
+            x_adv = self._attack(model, x)
+        logits = model(x)
+        robust = F.kl_div(model(x_adv).log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True)
+        return F.cross_entropy(logits, y) + self.beta * robust
+
+    def _attack(self, model: nn.Module, x: Tensor) -> Tensor:
+        eps = float(self.eps)
+        step = eps / 4 if self.step_size is None else float(self.step_size)
+        with torch.no_grad():
+            target = model(x).log_softmax(1)
+        x_adv = lp.clip_to_ball(x + 0.001 * torch.randn_like(x), x, self.norm, eps)
+        for _ in range(self.steps):
+            x_adv = x_adv.detach().requires_grad_()
+            with torch.enable_grad():
+                kl = F.kl_div(model(x_adv).log_softmax(1), target, reduction="sum", log_target=True)
+                (gradient,) = torch.autograd.grad(kl, x_adv)
+            x_adv = lp.clip_to_ball(lp.ascend(x_adv, gradient, self.norm, step), x, self.norm, eps)
+        return x_adv.detach()

@@ -1,0 +1,32 @@
+"""Objectives for classifiers that will be smoothed with Gaussian noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..train import Progress
+
+
+@dataclass(frozen=True)
+class StabilityTraining:
+    """Clean cross-entropy plus beta times KL(p(x) || p(x + sigma xi)), both differentiated, xi ~ N(0, I).
+
+    Carmon et al. 2019 (arXiv 1905.13736), as HYDRA trains for randomized smoothing. Noisy images are not clipped unless
+    `clip` asks for it (Carmon's code clips).
+    """
+
+    sigma: float = 0.25
+    beta: float = 6.0
+    clip: bool = False
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        noisy = x + self.sigma * torch.randn_like(x)
+        if self.clip:
+            noisy = noisy.clamp(0, 1)
+        logits = model(x)
+        stable = F.kl_div(model(noisy).log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True)
+        return F.cross_entropy(logits, y) + self.beta * stable

@@ -1,0 +1,104 @@
+"""Where a number comes from: code, packages, device."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ("attacks", "bench", "verifiers")
+PACKAGES = ("torch", "numpy", "scipy", "auto-LiRPA", "torchattacks", "scikit-learn", "safetensors")
+
+
+def file_digest(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@functools.cache
+def code_digest() -> str:
+    """sha256 over the sources that results depend on: an edited line makes every stored phase and record stale."""
+    total = hashlib.sha256()
+    for package in OWN:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name != "__main__.py" and "screen" not in path.stem:
+                total.update(f"{path.relative_to(ROOT)}:{file_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def source_digest(thing: Any) -> str | None:
+    """sha256 of the file that defines a plug-in's class; None for what ships with the package (see code_digest)."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    if kind.__module__.split(".")[0] in OWN:
+        return None
+    try:
+        return file_digest(inspect.getfile(kind))
+    except (TypeError, OSError):
+        return None
+
+
+def identity(thing: Any) -> str:
+    """A plug-in's repr, and its source's digest where it comes from outside."""
+    source = source_digest(thing)
+    return repr(thing) if source is None else f"{thing!r} from {source}"
+
+
+def version() -> str:
+    try:
+        return metadata.version("sparsecert")
+    except metadata.PackageNotFoundError:
+        return "0.1.0"
+
+
+@functools.cache
+def revision() -> tuple[str | None, bool | None]:
+    """(git commit, whether the tree has uncommitted changes), or (None, None) outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()})"
+
+
+def provenance(device: torch.device, data: str) -> dict[str, Any]:
+    """The record's provenance block."""
+    commit, dirty = revision()
+    return {
+        "version": version(),
+        "code": code_digest(),
+        "revision": commit,
+        "dirty": dirty,
+        "packages": packages(),
+        "python": platform.python_version(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "data": data,
+    }

@@ -1,0 +1,58 @@
+"""A whole suite: what is already on record is skipped, the rest runs, and the board is drawn from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .cells import Cell, Suite
+from .files import make_folder
+from .run import Folders, is_current, stored_record
+from .screen import LiveScreen
+from .workers import Job, Outcome, run_cells
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A suite's end: its folder, every cell's record, and what went wrong."""
+
+    root: Path
+    records: dict[str, dict[str, Any]]
+    outcome: Outcome
+    skipped: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 a cell failed, 3 a certificate was contradicted."""
+        return 3 if self.outcome.contradicted else 1 if self.outcome.failed else 0
+
+
+def run_suite(
+    suite: Suite, job: Job, workers: int, console: Console, cells: Iterable[Cell] | None = None
+) -> Finished:
+    """Run every cell that has no current record; cells without pruning come first, since others start from their weights."""
+    folders = Folders(Path(job.root))
+    make_folder(folders.root)
+    folders.make()
+    chosen = sorted(cells if cells is not None else suite.cells, key=lambda cell: cell.density != 1)
+    records, todo, stale = {}, [], 0
+    for cell in chosen:
+        before = stored_record(cell, folders)
+        if before is not None and is_current(before, cell, folders):
+            records[cell.id] = before
+        else:
+            stale += before is not None
+            todo.append(cell.id)
+    if stale:
+        console.print(f"{stale} records were written by other code or lost their evidence: their cells run again", highlight=False)
+    if records and todo:
+        console.print(f"{len(records)} of {len(chosen)} cells are on record already", highlight=False)
+    outcome = Outcome()
+    if todo:
+        with LiveScreen(console, len(todo), len(records)) as screen:
+            outcome = run_cells(job, todo, workers, screen)
+    return Finished(folders.root, {**records, **outcome.records}, outcome, len(records))

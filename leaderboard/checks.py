@@ -1,0 +1,133 @@
+"""Does the evidence carry the claim? Every number of a record is derived again from its rows and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leaderboard import row_checks
+from leaderboard.canonical import digest, sha256_file
+from leaderboard.errors import RecordError
+from leaderboard.record import Record, read, record_files
+from leaderboard.stats import metrics_of, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def check(record: Record, folder: str | Path) -> list[str]:
+    """Every problem found with a record in the `records` folder it lies in, one sentence each; empty where it holds.
+
+    Digest, evidence digests, metrics derived again, verdict rows (see `row_checks`), and, where the weights file is
+    present, non-zero weights counted again.
+    """
+    folder = Path(folder)
+    problems = [*_digest(record), *_sparsity(record), *_weights(record, folder), *_verdict_digest(record, folder)]
+    try:
+        rows = record.verdicts(folder)
+    except RecordError as error:
+        return [*problems, str(error)]
+    return [*problems, *_samples(record, rows), *_metrics(record, rows), *row_checks.problems(record.document["cell"], rows)]
+
+
+def check_all(run_folder: str | Path) -> dict[str, list[str]]:
+    """The problems of every record under `<run_folder>/records` by id; an unreadable one is listed by its file's stem.
+
+    Raises RecordError where there is no such folder.
+    """
+    folder = Path(run_folder) / "records"
+    found = {}
+    for path in record_files(folder):
+        try:
+            found[path.stem] = check(read(path), folder)
+        except RecordError as error:
+            found[path.stem] = [str(error)]
+    return found
+
+
+def _digest(record: Record) -> Iterator[str]:
+    actual = digest(record.document)
+    if actual != record.digest:
+        yield f"digest is {record.digest[:12]}..., but the record's content gives {actual[:12]}...: it was edited after writing"
+
+
+def _verdict_digest(record: Record, folder: Path) -> Iterator[str]:
+    path = folder / record.evidence.verdicts
+    if path.is_file() and sha256_file(path) != record.evidence.verdicts_sha256:
+        yield f"{path.name} is not the verdict table that was recorded: its sha256 differs from verdicts_sha256"
+
+
+def _samples(record: Record, rows: pd.DataFrame) -> Iterator[str]:
+    if len(rows) != record.samples.n:
+        yield f"samples.n is {record.samples.n}, but the verdict table has {len(rows)} rows"
+    if rows["index"].duplicated().any() or (rows["index"] < 0).any():
+        yield "index: a sample stands twice in the verdict table or has a negative number"
+
+
+def _metrics(record: Record, rows: pd.DataFrame) -> Iterator[str]:
+    claimed = record.document["metrics"]
+    try:
+        derived = metrics_of(record.document["cell"], rows)
+    except ValueError as error:
+        yield f"metrics cannot be derived from the rows: {error}"
+        return
+    flat_claimed, flat_derived = _flat(claimed), _flat(derived)
+    for name in sorted(flat_claimed.keys() | flat_derived.keys()):
+        here, there = flat_claimed.get(name, "nothing"), flat_derived.get(name, "nothing")
+        if here != there:
+            yield f"metrics.{name} says {here}, but the verdict rows give {there}"
+    worst = claimed["robust"].get("worst")
+    for label, share in claimed["robust"].items():
+        if worst is not None and worst["hits"] > share["hits"]:
+            yield f"robust.worst has {worst['hits']} hits, more than robust.{label} with {share['hits']}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _sparsity(record: Record) -> Iterator[str]:
+    block = record.sparsity
+    kept, total = (sum(counts[i] for counts in block.layers.values()) for i in (0, 1))
+    if (block.kept, block.total) != (kept, total):
+        yield f"sparsity says {block.kept} of {block.total} weights kept, but its layers sum to {kept} of {total}"
+    if number(block.requested) != number(record.cell.density):
+        yield f"sparsity.requested is {block.requested}, but the cell asks for density {record.cell.density}"
+
+
+def _weights(record: Record, folder: Path) -> Iterator[str]:
+    name = record.evidence.weights
+    if name is None:
+        return
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve().parent):
+        yield f"evidence.weights {name!r} points out of the run's folder"
+        return
+    if not path.is_file():  # weights are large and need not travel with the records
+        return
+    if sha256_file(path) != record.evidence.weights_sha256:
+        yield f"{path.name} is not the weights file that was recorded: its sha256 differs from weights_sha256"
+    yield from _recount(record, path)
+
+
+def _recount(record: Record, path: Path) -> Iterator[str]:
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            names = set(tensors.keys())
+            for layer, (kept, total) in record.sparsity.layers.items():
+                weight = f"{layer}.weight"
+                if weight not in names:
+                    yield f"{path.name} has no tensor {weight!r}, which sparsity.layers counts"
+                    continue
+                values = tensors.get_tensor(weight)
+                if (found := int(np.count_nonzero(values))) != kept or values.size != total:
+                    yield f"{weight} has {found} non-zeros of {values.size}, but sparsity.layers says {kept} of {total}"
+    except (SafetensorError, OSError, TypeError) as error:
+        yield f"{path.name} cannot be read as safetensors: {error}"

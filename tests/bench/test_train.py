@@ -1,0 +1,331 @@
+"""The training loop: reproducible to the bit, moving what a phase names and nothing else, hooks in their order."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.data import Split, batches
+from bench.methods import HYDRA
+from bench.objectives import OBJECTIVES, Benign, PGDTraining, StabilityTraining
+from bench.phases import fit, own_randomness
+from bench.sparsity import keep_largest, mask_layers, weights
+from bench.train import (
+    Budget,
+    Phase,
+    Progress,
+    Step,
+    Training,
+    TrainingDivergedError,
+    derived_seed,
+    run_phase,
+)
+
+Net = Callable[..., nn.Sequential]
+Trainings = Callable[..., Training]
+THIRD = Fraction(1, 3)
+
+
+@pytest.fixture(autouse=True)
+def _own_generators() -> Any:
+    with own_randomness():
+        yield
+
+
+def trained(model: nn.Module, phase: Phase, training: Training, **more: Any) -> dict[str, Tensor]:
+    run_phase(model, phase, training, **more)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equal_seeds_give_equal_weights_to_the_bit_and_other_seeds_others(
+    net_of: Net, training_of: Trainings, short: Callable[[type], Any], name: str, optimizer: str
+) -> None:
+    def run(seed: int) -> dict[str, Tensor]:
+        training = training_of(short(OBJECTIVES[name]), seed=seed, optimizer=optimizer, augment="crop-flip")
+        torch.rand(3)  # whatever was drawn before
+        return trained(net_of(), training.pretrain(), training)
+
+    assert equal(run(0), run(0))
+    assert not equal(run(0), run(1))
+
+
+def test_fitting_leaves_the_callers_generators_untouched(net_of: Net, training_of: Trainings) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    fit(net_of(), HYDRA(init="kaiming-normal"), THIRD, training_of(StabilityTraining(), pretrain=1))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[2])  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class Watching:
+    """An objective that writes down the labels and pixels of every batch it is asked about."""
+
+    objective: Any
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        self.seen.append((x.clone(), y.clone()))
+        self.progress.append(progress)
+        loss: Tensor = self.objective(model, x, y, progress)
+        return loss
+
+
+def test_batches_come_in_the_same_order_whatever_noise_the_objective_draws(net_of: Net, training_of: Trainings) -> None:
+    runs = []
+    for objective in (Benign(), StabilityTraining(), PGDTraining(steps=2)):
+        watching = Watching(objective)
+        training = training_of(watching, augment="crop-flip", seed=3)
+        run_phase(net_of(), training.pretrain(), training)
+        runs.append(watching.seen)
+    for other in runs[1:]:
+        assert all(torch.equal(x, x2) and torch.equal(y, y2) for (x, y), (x2, y2) in zip(runs[0], other, strict=True))
+
+
+def test_two_phases_of_one_run_see_the_data_in_different_orders(net_of: Net, training_of: Trainings) -> None:
+    orders = []
+    for phase in (training_of().pretrain(), training_of().finetune()):
+        watching = Watching(Benign())
+        run_phase(net_of(), phase, training_of(watching))
+        orders.append(torch.cat([y for _, y in watching.seen]))
+    assert not torch.equal(*orders)
+
+
+def test_a_derived_seed_is_63_bits_of_a_sha256_and_differs_by_purpose() -> None:
+    digest = hashlib.sha256(b"3/pretrain/noise").digest()
+    assert derived_seed(3, "pretrain", "noise") == int.from_bytes(digest[:8], "big") // 2
+    purposes = [(s, phase, use) for s in range(5) for phase in ("pretrain", "prune") for use in ("noise", "order")]
+    purposes += [(s, "surgery", number) for s in range(5) for number in range(4)]
+    seeds = [derived_seed(*purpose) for purpose in purposes]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "progress, ramp",
+    [
+        (Progress(0, 10, 4), 0.0), (Progress(1, 10, 4), 0.25), (Progress(3, 10, 4), 0.75), (Progress(4, 10, 4), 1.0),
+        (Progress(9, 10, 4), 1.0), (Progress(0, 10, 0), 1.0), (Progress(0, 10), 1.0), (Progress(9, 10, 10), 0.9),
+    ],
+)  # fmt: skip
+def test_the_ramp_goes_from_0_to_1_over_its_own_steps_and_stays(progress: Progress, ramp: float) -> None:
+    assert progress.ramp == ramp
+
+
+def test_the_fraction_of_a_phase_starts_at_0_and_an_empty_phase_divides_by_nothing() -> None:
+    assert [Progress(step, 4).fraction for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert Progress(0, 0).fraction == 0
+
+
+def test_steps_count_through_the_epochs_and_the_ramp_is_a_share_of_the_phase(net_of: Net, training_of: Trainings) -> None:
+    watching = Watching(Benign())
+    run_phase(net_of(), Phase("pretrain", 4, 0.1, ramp=0.5), training_of(watching))  # 40 images in batches of 16
+    assert watching.progress == [Progress(step, 12, 6) for step in range(12)]
+
+
+def test_phases_take_the_suites_budget(training_of: Trainings) -> None:
+    training = training_of(
+        pretrain=5, prune=3, finetune=4, lr=0.1, prune_lr=0.2, finetune_lr=0.3, ramp=0.25
+    )
+    found = [(p.name, p.epochs, p.lr, p.ramp) for p in (training.pretrain(), training.prune(), training.finetune())]
+    assert found == [("pretrain", 5, 0.1, 0.25), ("prune", 3, 0.2, 0.0), ("finetune", 4, 0.3, 0.0)]
+    assert (training.train().epochs, training.train().lr, training.train().ramp) == (12, 0.1, 0.25)
+
+
+@pytest.mark.parametrize("wrong", [{"optimizer": "lion"}, {"prune": -1}, {"batch": 0}, {"ramp": 1.5}, {"ramp": -0.1}])
+def test_a_budget_that_cannot_be_spent_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="optimizer is sgd or adam, got 'lion'" if "optimizer" in wrong else "a budget needs"):
+        Budget(**wrong)
+
+
+# ---- what moves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("chosen", [{"3.weight"}, {"0.weight", "5.bias"}])
+def test_only_the_named_parameters_move_even_under_weight_decay(
+    net_of: Net, training_of: Trainings, optimizer: str, chosen: set[str]
+) -> None:
+    before = {name: value.clone() for name, value in net_of().state_dict().items()}
+    training = training_of(optimizer=optimizer, weight_decay=0.5)
+    after = trained(net_of(), Phase("part", 2, 0.1, trains=lambda model: chosen), training)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == chosen
+
+
+def test_parameters_frozen_in_one_phase_move_again_in_the_next(net_of: Net, training_of: Trainings) -> None:
+    model, training = net_of(), training_of()
+    first = trained(model, Phase("part", 1, 0.1, trains=lambda model: {"5.bias"}), training)
+    second = trained(model, Phase("all", 1, 0.1), training)
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+
+
+@dataclass(frozen=True)
+class LooksFirst:
+    """An objective from outside that asks the network something without gradients before it computes its loss."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        with torch.no_grad():
+            model(x)
+        return nn.functional.cross_entropy(model(x), y)
+
+
+def test_masked_weights_learn_even_if_the_objective_first_looks_without_gradients(
+    net_of: Net, training_of: Trainings
+) -> None:
+    """Effective weights are cached for a step: the first look must not decide whether they carry gradients."""
+    after = []
+    for objective in (Benign(), LooksFirst()):
+        model = net_of()
+        mask_layers(model, keep_largest({n: w.abs() for n, w in weights(model).items()}, THIRD))
+        after.append(trained(model, Phase("finetune", 1, 0.1), training_of(objective)))
+    for name in after[0]:
+        torch.testing.assert_close(after[0][name], after[1][name])
+
+
+def test_a_phase_of_no_epochs_changes_nothing_and_reports_nothing(net_of: Net, training_of: Trainings) -> None:
+    reports: list[Any] = []
+    after = trained(net_of(), Phase("none", 0, 0.1), training_of(), report=lambda *words: reports.append(words))
+    assert equal(after, net_of().state_dict())
+    assert reports == []
+
+
+# ---- hooks, penalty, schedule ----------------------------------------------------------------------------------------
+
+
+def test_hooks_are_called_in_order_with_a_step_and_nothing_else(net_of: Net, training_of: Trainings) -> None:
+    events: list[tuple[str, int]] = []
+    weight: list[Tensor] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def called(*given: Any) -> None:
+            (step,) = given
+            assert isinstance(step, Step)
+            assert {one.name for one in fields(step)} == {"model", "optimizer", "progress"}
+            assert all(p.grad is not None for p in step.model.parameters())
+            events.append((name, step.progress.step))
+            weight.append(step.model[0].weight.detach().clone())
+
+        return called
+
+    phase = Phase("hooked", 2, 0.1, after_backward=hook("backward"), after_step=hook("step"), after_epoch=hook("epoch"))
+    run_phase(net_of(), phase, training_of())
+    per_epoch = [[(kind, step) for step in range(3 * e, 3 * e + 3) for kind in ("backward", "step")] for e in range(2)]
+    assert events == [*per_epoch[0], ("epoch", 3), *per_epoch[1], ("epoch", 6)]
+    for place, (name, _) in enumerate(events[1:], start=1):  # weights move between backward and step only
+        assert torch.equal(weight[place], weight[place - 1]) is (name != "step")
+
+
+def test_a_penalty_is_added_to_the_loss_and_to_its_gradient(net_of: Net, training_of: Trainings) -> None:
+    losses: dict[str, float] = {}
+
+    def penalty(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert len(x) == len(y)
+        return 2 * model[5].bias.sum() + 3
+
+    def run(name: str, **more: Any) -> dict[str, Tensor]:
+        gradient: dict[str, Tensor] = {}
+
+        def keep(step: Step) -> None:
+            gradient.update({n: p.grad.clone() for n, p in step.model.named_parameters()})
+
+        phase = Phase("penalised", 1, 0.0, after_backward=keep, **more)
+        run_phase(net_of(), phase, training_of(), report=lambda *words: losses.update({name: words[3]}))
+        return gradient
+
+    plain, pulled = run("plain"), run("pulled", penalty=penalty)
+    added = 2 * float(net_of()[5].bias.sum().detach()) + 3
+    assert losses["pulled"] == pytest.approx(losses["plain"] + added, abs=1e-6)
+    torch.testing.assert_close(pulled["5.bias"], plain["5.bias"] + 2)
+    torch.testing.assert_close(pulled["0.weight"], plain["0.weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_learning_rate_is_a_cosine_of_the_step_from_lr_to_nearly_0(
+    net_of: Net, training_of: Trainings, optimizer: str
+) -> None:
+    rates: list[float] = []
+    keep = Phase("cosine", 3, 0.2, after_backward=lambda step: rates.append(step.optimizer.param_groups[0]["lr"]))
+    run_phase(net_of(), keep, training_of(optimizer=optimizer))
+    assert rates == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)])
+
+
+def test_plain_gradient_descent_by_hand(net_of: Net, training_of: Trainings, toy: Split) -> None:
+    """One epoch of two steps with momentum and weight decay, written out."""
+    training = training_of(batch=20, momentum=0.9, weight_decay=0.01, seed=5)
+    order = torch.Generator().manual_seed(derived_seed(5, "one", "order"))
+    twin, velocity = net_of(), None
+    for step, (x, y) in enumerate(batches(toy, 20, order)):
+        loss = nn.functional.cross_entropy(twin(x), y)
+        slopes = [g + 0.01 * p.detach() for g, p in zip(torch.autograd.grad(loss, list(twin.parameters())), twin.parameters())]
+        velocity = slopes if velocity is None else [0.9 * v + g for v, g in zip(velocity, slopes)]
+        with torch.no_grad():
+            for parameter, v in zip(twin.parameters(), velocity):
+                parameter -= 0.1 * (1 + math.cos(math.pi * step / 2)) / 2 * v
+    after = trained(net_of(), Phase("one", 1, 0.1), training)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=1e-5)
+
+
+# ---- reports and failure ---------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_reports_the_phase_its_number_and_the_mean_loss(net_of: Net, training_of: Trainings, toy: Split) -> None:
+    reports: list[Any] = []
+    run_phase(net_of(), Phase("still", 2, 0.0), training_of(batch=20), report=lambda *words: reports.append(words))
+    with torch.no_grad():
+        loss = float(nn.functional.cross_entropy(net_of()(toy.pixels()), toy.labels))
+    assert [words[:3] for words in reports] == [("still", 1, 2), ("still", 2, 2)]
+    assert [words[3] for words in reports] == pytest.approx([loss, loss], abs=1e-5)
+
+
+@dataclass(frozen=True)
+class Breaks:
+    """Cross-entropy whose value turns into `value` from the fourth step on."""
+
+    value: float
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        loss = nn.functional.cross_entropy(model(x), y)
+        return loss * self.value if progress.step >= 3 else loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_phase_and_says_where(
+    net_of: Net, training_of: Trainings, value: float
+) -> None:
+    with pytest.raises(TrainingDivergedError, match=r"in epoch 2 of phase 'pretrain'; lower its learning rate \(0.1\)"):
+        run_phase(net_of(), Phase("pretrain", 3, 0.1), training_of(Breaks(value)))
+
+
+def test_a_learning_rate_far_too_high_is_reported_as_divergence(net_of: Net, training_of: Trainings) -> None:
+    with pytest.raises(TrainingDivergedError):
+        run_phase(net_of(), Phase("pretrain", 20, 1e12), training_of())
+
+
+def test_the_network_trains_in_training_mode(net_of: Net, training_of: Trainings) -> None:
+    model = net_of(batchnorm=True).eval()
+    run_phase(model, Phase("pretrain", 1, 0.1), training_of())
+    assert int(model[1].num_batches_tracked) == 3

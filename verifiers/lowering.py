@@ -1,0 +1,163 @@
+"""Any supported network as a plain core graph that linear relaxations are right on.
+
+auto-LiRPA 0.3 is silently wrong on some graphs (docs/decisions/0003-auto-lirpa.md), so it only ever sees what this module
+returns: baked weights, no Dropout or Identity, the normalisation moved out of the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .graph import name_of, operation, trace
+from .normalise import Normalize
+from .proof import UnsupportedNetworkError
+
+CORE_LAYERS = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, nn.BatchNorm2d)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+CORE_CALLS = (operator.add, torch.add, torch.relu, F.relu, torch.flatten, torch.cat, "flatten", "relu")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """`network(x - shift)` equals the original network at x; `steps` says what was done."""
+
+    network: fx.GraphModule
+    shift: Tensor | None
+    steps: tuple[str, ...]
+    patches_are_sound: bool
+
+    def move(self, x: Tensor) -> Tensor:
+        """The pixels x as the lowered network's input."""
+        return x if self.shift is None else x - self.shift.to(x)
+
+
+def lower(model: nn.Module, example: Tensor) -> Lowered:
+    """The network as a core graph, equal to the original on `example` (checked in float64).
+
+    Raises UnsupportedNetworkError, naming the operation, for whatever has no sound linear relaxation here.
+    """
+    if any(is_parametrized(layer) for layer in model.modules()):
+        raise UnsupportedNetworkError("the network still has parametrizations attached; bake its masks first")
+    plain = copy.deepcopy(model).eval()
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(trace(plain), {}))
+    module = fx.GraphModule(plain, graph)
+    steps: list[str] = []
+    _drop_layers_that_do_nothing(module, steps)
+    shift = _move_normalisation_out(module, steps)
+    module.graph.lint()
+    module.recompile()
+    module.delete_all_unused_submodules()
+    _refuse_what_is_not_core(module)
+    lowered = Lowered(module.eval(), shift, tuple(steps), _patches_are_sound(module))
+    _check_equal(model, lowered, example)
+    return lowered
+
+
+def _bypass(module: fx.GraphModule, node: fx.Node) -> None:
+    (source,) = node.all_input_nodes
+    node.replace_all_uses_with(source)
+    module.graph.erase_node(node)
+
+
+def _drop_layers_that_do_nothing(module: fx.GraphModule, steps: list[str]) -> None:
+    layers = dict(module.named_modules())
+    for node in list(module.graph.nodes):
+        layer = layers.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.Dropout | nn.Identity):
+            _bypass(module, node)
+            steps.append(f"dropped {type(layer).__name__} {node.target}")
+
+
+def _move_normalisation_out(module: fx.GraphModule, steps: list[str]) -> Tensor | None:
+    """(x - mean) / std before the first layer: the ball is translated by mean, 1/std goes into the first layer's weights."""
+    layers = dict(module.named_modules())
+    nodes = [n for n in module.graph.nodes if n.op == "call_module" and isinstance(layers[str(n.target)], Normalize)]
+    if not nodes:
+        return None
+    if len(nodes) > 1 or nodes[0].args[0].op != "placeholder":
+        raise UnsupportedNetworkError("a normalisation is supported as the network's first layer only")
+    (node,) = nodes
+    layer = layers[str(node.target)]
+    if bool((layer.std != 1).any()):
+        _fold_scale(module, layers, node, layer.std)
+        steps.append("folded 1/std of the normalisation into the first layer")
+    _bypass(module, node)
+    steps.append("moved the mean of the normalisation out of the graph (the ball is translated)")
+    return layer.mean
+
+
+def _fold_scale(module: fx.GraphModule, layers: dict[str, nn.Module], node: fx.Node, std: Tensor) -> None:
+    users = list(node.users)
+    flat = [user for user in users if user.op == "call_module" and isinstance(layers[str(user.target)], nn.Flatten)]
+    firsts = [user for user in users if user not in flat] + [user for f in flat for user in f.users]
+    for user in firsts:
+        first = layers.get(str(user.target)) if user.op == "call_module" else None
+        if isinstance(first, nn.Conv2d) and first.groups == 1:
+            scale = std.view(1, -1, 1, 1)
+        elif isinstance(first, nn.Linear):
+            channels = std.flatten()
+            scale = channels.repeat_interleave(first.in_features // len(channels)).view(1, -1)
+        else:
+            raise UnsupportedNetworkError(f"the normalisation feeds {user.name}; it can be folded into Conv2d or Linear only")
+        first.weight = nn.Parameter((first.weight.double() / scale.double()).to(first.weight.dtype), requires_grad=False)
+
+
+def _refuse_what_is_not_core(module: fx.GraphModule) -> None:
+    layers = dict(module.named_modules())
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr":
+            raise UnsupportedNetworkError(f"no linear relaxation for the constant {node.target!r} inside the forward")
+        kind = operation(node, layers)
+        if node.op == "call_module":
+            layer = layers[str(node.target)]
+            if kind in CORE_LAYERS or (kind in POOLS and _plain_pool(layer)) or _global_average(layer):
+                continue
+        elif kind in CORE_CALLS:
+            continue
+        raise UnsupportedNetworkError(f"no sound linear relaxation for {name_of(kind)} ({node.name}); `ibp` may have a rule for it")
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _plain_pool(layer: Any) -> bool:
+    """Windows side by side, no padding, no dilation: what auto-LiRPA bounds rightly."""
+    windows = _pair(layer.kernel_size) == _pair(layer.stride) and _pair(layer.padding) == (0, 0)
+    return windows and not layer.ceil_mode and _pair(getattr(layer, "dilation", 1)) == (1, 1)
+
+
+def _global_average(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.AdaptiveAvgPool2d) and _pair(layer.output_size) == (1, 1)
+
+
+def _patches_are_sound(module: fx.GraphModule) -> bool:
+    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    pools = any(isinstance(layer, POOLS) for layer in module.modules())
+    square = all(
+        c.groups == 1 and _pair(c.dilation) == (1, 1) and c.kernel_size[0] == c.kernel_size[1] for c in convolutions
+    )
+    return bool(convolutions) and square and not pools
+
+
+@torch.no_grad()
+def _check_equal(model: nn.Module, lowered: Lowered, example: Tensor) -> None:
+    original, network = copy.deepcopy(model).double().eval(), copy.deepcopy(lowered.network).double()
+    x = torch.cat([example.double(), torch.rand(4, *example.shape[1:], dtype=torch.float64, device=example.device,
+                                                generator=torch.Generator(example.device).manual_seed(0))])
+    want, got = original(x), network(lowered.move(x))
+    scale = max(1.0, float(want.abs().max()))
+    # weights were rounded to float32 when 1/std was folded in, so the two agree to float32, not float64, precision
+    if not float((want - got).abs().max()) <= 1e-5 * scale:
+        raise UnsupportedNetworkError("the lowered network differs from the original; please report this network")

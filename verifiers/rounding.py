@@ -1,0 +1,158 @@
+"""When a margin computed in floating point may be believed (docs/decisions/0002-rounding.md)."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ball import Interval, Region
+from .bounds import INTERVAL_RULES, batchnorm_scale, conv
+from .graph import layer_type, walk
+from .normalise import Normalize
+
+SHARE = {torch.float32: 1e-4, torch.float64: 1e-9}
+UNIT = {dtype: torch.finfo(dtype).eps for dtype in SHARE}
+SAFETY = 4.0
+
+
+class Tracked(NamedTuple):
+    """Bounds of a value, a bound of its accumulated rounding error in units of the machine's precision, and per sample
+    the largest sum |w||x| + |b| met so far."""
+
+    bounds: Region
+    error: Tensor
+    largest: Tensor
+
+    @property
+    def size(self) -> Tensor:
+        return torch.maximum(self.bounds.lower.abs(), self.bounds.upper.abs())
+
+
+def _per_sample(x: Tensor) -> Tensor:
+    return x.flatten(1).amax(1)
+
+
+def _affine(layer: nn.Module, x: Tracked, op: Callable[[Tensor], Tensor], terms: int, shift: Tensor | float) -> Tracked:
+    """`op` applies the layer's absolute weights; a sum of n terms loses at most n units of its absolute sum."""
+    total = op(x.size) + shift
+    bounds = INTERVAL_RULES[layer_type(layer)](layer, x.bounds)
+    return Tracked(bounds, op(x.error) + terms * total, torch.maximum(x.largest, _per_sample(total)))
+
+
+def _linear(layer: nn.Linear, x: Tracked) -> Tracked:
+    shift: Tensor | float = 0.0 if layer.bias is None else layer.bias.abs()
+    return _affine(layer, x, lambda v: F.linear(v, layer.weight.abs()), layer.in_features + 1, shift)
+
+
+def _conv(layer: nn.Conv2d, x: Tracked) -> Tracked:
+    shift: Tensor | float = 0.0 if layer.bias is None else layer.bias.abs().view(1, -1, 1, 1)
+    return _affine(layer, x, lambda v: conv(layer, v, layer.weight.abs()), layer.weight[0].numel() + 1, shift)
+
+
+def _batchnorm(layer: nn.BatchNorm2d, x: Tracked) -> Tracked:
+    scale, shift = batchnorm_scale(layer)
+    return _affine(layer, x, lambda v: v * scale.abs(), 8, shift.abs())
+
+
+def _normalise(layer: Normalize, x: Tracked) -> Tracked:
+    return _affine(layer, x, lambda v: v / layer.std.abs(), 4, (layer.mean / layer.std).abs())
+
+
+def _other_layer(kind: type[nn.Module]) -> Callable[..., Tracked]:
+    """Layers that never move two values further apart than they were: the error bound goes through them as a value does."""
+
+    def rule(layer: nn.Module, x: Tracked) -> Tracked:
+        bounds = INTERVAL_RULES[kind](layer, x.bounds)
+        error = _spread(layer, x.error, kind)
+        shrinks = x.error.numel() / max(1, error.numel())  # values that a pooling window may sum (9 where windows overlap)
+        return _fresh(bounds, error, x.largest, terms=2 + 9 * shrinks)
+
+    return rule
+
+
+def _spread(op: Callable[[Tensor], Tensor], error: Tensor, kind: Any) -> Tensor:
+    contractions = (nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh, nn.ReLU)  # 1-Lipschitz elementwise: keep the error
+    return error if kind in contractions else op(error)
+
+
+def _fresh(bounds: Region, error: Tensor, largest: Tensor, terms: float = 2.0) -> Tracked:
+    size = torch.maximum(bounds.lower.abs(), bounds.upper.abs())
+    return Tracked(bounds, error + terms * size, torch.maximum(largest, _per_sample(size)))
+
+
+def _call(kind: Any) -> Callable[..., Tracked]:
+    def rule(x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
+        bounds = INTERVAL_RULES[kind](x.bounds, *args, **kwargs)
+        return _fresh(bounds, INTERVAL_RULES[kind](Interval(x.error, x.error), *args, **kwargs).upper, x.largest)
+
+    return rule
+
+
+def _add(a: Tracked, b: Tracked) -> Tracked:
+    return _fresh(INTERVAL_RULES[torch.add](a.bounds, b.bounds), a.error + b.error, torch.maximum(a.largest, b.largest))
+
+
+def _cat(parts: Sequence[Tracked], dim: int = 0) -> Tracked:
+    bounds = INTERVAL_RULES[torch.cat]([part.bounds for part in parts], dim)
+    largest = torch.stack([part.largest for part in parts]).amax(0)
+    return Tracked(bounds, torch.cat([part.error for part in parts], dim), largest)
+
+
+_OWN: dict[Any, Callable[..., Tracked]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv,
+    nn.BatchNorm2d: _batchnorm,
+    Normalize: _normalise,
+    operator.add: _add,
+    torch.add: _add,
+    torch.cat: _cat,
+}
+ERROR_RULES: Mapping[Any, Callable[..., Tracked]] = {
+    kind: _OWN.get(kind) or (_other_layer(kind) if isinstance(kind, type) else _call(kind)) for kind in INTERVAL_RULES
+}
+
+
+@torch.no_grad()
+def allowance(model: nn.Module, x: Region) -> Tensor:
+    """The margin [N] that a bound in x's precision must exceed to count: above its own worst-case rounding error.
+
+    With S the largest sum |w||x| + |b| met while propagating, it is the larger of 1e-4 S (float32; 1e-9 S in float64) and
+    SAFETY times a running error bound, which also sees errors that later layers magnify.
+    """
+    dtype = x.lower.dtype
+    start = torch.maximum(x.lower.abs(), x.upper.abs())
+    values = walk(model, Tracked(x, start, _per_sample(start)), ERROR_RULES)
+    output = list(values.values())[-1]
+    return torch.maximum(SHARE[dtype] * output.largest, SAFETY * UNIT[dtype] * _per_sample(output.error))
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy of a plain network in double precision, in eval mode."""
+    return copy.deepcopy(model).double().eval()
+
+
+class Settled(NamedTuple):
+    margin: Tensor
+    proved: Tensor
+    rechecked: int
+
+
+def settle(margin: Tensor, allowed: Tensor, recompute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Settled:
+    """Certified samples: a float32 margin above its allowance, or a float64 margin above the (smaller) float64 one.
+
+    `recompute(indices)` returns margins and allowances in float64 for the samples that float32 cannot decide.
+    """
+    margin, allowed = margin.double(), allowed.double()
+    proved = torch.isfinite(margin) & (margin > allowed)
+    unsure = (~proved & ~(margin <= -allowed)).nonzero().flatten()
+    if len(unsure):
+        exact, needed = recompute(unsure)
+        margin = margin.index_copy(0, unsure, exact)
+        proved = proved.index_copy(0, unsure, torch.isfinite(exact) & (exact > needed))
+    return Settled(margin, proved, len(unsure))
