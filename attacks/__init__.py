@@ -65,12 +65,14 @@ def attack_fields(name: str, fields: Mapping[str, object]) -> dict[str, object]:
     """What `attack_class(name)` is built from, given the fields a suite writes next to the name.
 
     For a torchattacks name, `attack` is filled in and every field that `Library` does not have goes into `params`, so a
-    suite says `name = "square", n_queries = 1000`. Raises KeyError if the name is unknown.
+    suite says `name = "square", n_queries = 1000`. Raises KeyError if the name is unknown, TypeError if `params` is no
+    mapping.
     """
-    if attack_class(name) is not Library or name in ATTACKS:
+    if attack_class(name) is not Library:
         return dict(fields)
     own = {field.name for field in dataclass_fields(Library)}
     kept = {key: value for key, value in fields.items() if key in own}
     extra = {key: value for key, value in fields.items() if key not in own}
     params = {**library.as_mapping(kept.get("params", ())), **extra}
-    return {**kept, "attack": name, "params": library.frozen(params)}
+    filled = {} if name in ATTACKS else {"attack": name}
+    return {**kept, **filled, "params": library.frozen(params)}

@@ -162,7 +162,7 @@ def as_mapping(params: object) -> dict[str, object]:
     """Params given as a mapping or as pairs, as a dict. Raises TypeError for anything else."""
     if isinstance(params, Mapping):
         return dict(params)
-    if isinstance(params, (tuple, list)) and all(len(pair) == 2 for pair in params):
+    if isinstance(params, (tuple, list)) and all(isinstance(one, (tuple, list)) and len(one) == 2 for one in params):
         return {str(key): value for key, value in params}
     raise TypeError(f"params must be a mapping of the attack's own arguments, got {params!r}")
 

@@ -180,6 +180,8 @@ def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
     own = {key: value for key, value in spec.items() if key not in ("label", "objectives", "first")}
     tool = build(kind, {"norm": threat.norm, "eps": threat.eps, **own})
     first, objectives = spec.get("first"), spec.get("objectives")
+    if kind == "attack" and first is not None:
+        raise UserError("an attack takes no `first`: images that it never saw would count as survivors; use [samples]")
     if first is not None and (not isinstance(first, int) or isinstance(first, bool) or first < 1):
         raise UserError(f"`first` of {kind} {own['name']!r} must be a positive whole number, got {first!r}")
     if objectives is not None and not isinstance(objectives, list):

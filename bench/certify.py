@@ -46,7 +46,7 @@ def _card(question: Question, state: dict[str, Any], card: Card | None, data: Da
     """What network the tensors belong to: the flags, else what the file says, else the one architecture that fits."""
     arch = question.arch or (card.arch if card else guess_arch(state, data.shape, data.classes))
     if arch is None:
-        raise UserError(f"{question.path} fits none of the known architectures on {data.name}; name its own with --arch and --data")
+        raise UserError(f"{question.path} fits no known architecture on {data.name}; name its own with --arch and --data")
     mean = question.mean or (card.mean if card else ())
     std = question.std or (card.std if card else ())
     return Card(arch, data.shape, data.classes, data.name, tuple(mean), tuple(std))

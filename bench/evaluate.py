@@ -32,8 +32,8 @@ class ContradictionError(Exception):
         self.facts, self.image, self.witness = facts, image, witness
         super().__init__(
             f"sample {facts['index']}: {facts['verifier']} certified {facts['norm']} radius {facts['radius']}, but "
-            f"{facts['attack']} found a misclassified image at distance {facts['distance']:.9g} (label {facts['label']}, float64 prediction "
-            f"{facts['predicted']})"
+            f"{facts['attack']} found a misclassified image at distance "
+            f"{facts['distance']:.9g} (label {facts['label']}, float64 prediction {facts['predicted']})"
         )
 
 
@@ -155,8 +155,6 @@ def _attack(
     one: Assignment, samples: _Samples, out: Evaluation, proofs: dict[str, Proof], verifiers: Sequence[Assignment]
 ) -> None:
     correct = samples.correct
-    if one.first is not None:
-        correct = correct[correct < one.first]
     x, y = samples.x[correct], samples.y[correct]
     survived = (samples.predicted == samples.y).cpu().numpy().copy()
     far = np.full(len(survived), np.nan)

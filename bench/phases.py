@@ -59,7 +59,8 @@ def fit(
             if store is None:
                 run_phase(model, phase, training, report=report)
             else:
-                _run_stored(model, phase, training, make_folder(store), phase_key(model, phase, method, density, training), report)
+                key = phase_key(model, phase, method, density, training)
+                _run_stored(model, phase, training, make_folder(store), key, report)
 
 
 def _run_stored(

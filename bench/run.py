@@ -135,9 +135,8 @@ def run_cell(
     samples = chosen_samples(cell, data.test)
     index = samples.index.tolist()
     try:
-        out = evaluate(
-            model, samples.pixels(), samples.labels, index, cell.threat, cell.attacks, cell.verifiers, lambda what: report(0.9, what)
-        )
+        x, y = samples.pixels(), samples.labels
+        out = evaluate(model, x, y, index, cell.threat, cell.attacks, cell.verifiers, lambda what: report(0.9, what))
     except ContradictionError as found:
         keep_contradiction(found, cell.id, model, folders)
         raise

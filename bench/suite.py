@@ -48,7 +48,7 @@ def run_suite(
             stale += before is not None
             todo.append(cell.id)
     if stale:
-        console.print(f"{stale} records were written by other code or lost their evidence: their cells run again", highlight=False)
+        console.print(f"{stale} records are by other code or lost their evidence: their cells run again", highlight=False)
     if records and todo:
         console.print(f"{len(records)} of {len(chosen)} cells are on record already", highlight=False)
     outcome = Outcome()

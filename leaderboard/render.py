@@ -17,6 +17,7 @@ from leaderboard.record import Record, read_all
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+    from rich.table import Table
 
 TITLES = {"clean": "clean", "robust.worst": "robust", "certified.union": "certified"}
 EMPTY = "No records yet."
@@ -70,22 +71,40 @@ def cells(entry: pd.Series, entries: pd.DataFrame) -> list[str]:
 
 
 def terminal(ranked: pd.DataFrame, console: Console) -> None:
-    """Prints one table per objective; shares in percent with 95 % intervals, the headline's values per seed last."""
+    """Prints one table per objective; shares in percent with 95 % intervals, the headline's values per seed last.
+
+    Where the console is too narrow, each interval goes under its number; where it still is, the values per seed go.
+    """
+    if ranked.empty:
+        console.print(EMPTY)
+    # measured as on an endless console, for on this one a table never measures more than what there is
+    endless = console.options.update(width=10_000)
+    for title, entries in boards(ranked):
+        for narrow, seeds in ((False, True), (True, True), (True, False)):
+            table = _table(title, entries, narrow, seeds)
+            if console.measure(table, options=endless).maximum <= console.width:
+                break
+        console.print(table)
+
+
+def _table(title: str, entries: pd.DataFrame, narrow: bool, seeds: bool) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    if ranked.empty:
-        console.print(EMPTY)
-    for title, entries in boards(ranked):
-        # Text, not strings: a name may hold what rich takes for markup
-        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-        for heading in headings(entries):
-            table.add_column(Text(heading), justify="left" if heading == "method" else "right")
-        for _, entry in entries.iterrows():
-            style = "dim" if entry["rank"] == UNRANKED else ""
-            table.add_row(*(Text(cell) for cell in cells(entry, entries)), style=style)
-        console.print(table)
+    # Text, not strings: a name may hold what rich takes for markup
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings(entries)[: None if seeds else -1]:
+        named = heading == "method"
+        table.add_column(Text(heading), justify="left" if named else "right", no_wrap=not named, overflow="fold")
+    for _, entry in entries.iterrows():
+        shown = cells(entry, entries)
+        if narrow:  # 82.8 [78.1, 86.0] becomes 82.8 over 78.1–86.0, and the seeds stand one under the other
+            shares = [one.replace(" [", "\n").replace(", ", "–").rstrip("]") for one in shown[3:-1]]
+            shown = [*shown[:3], *shares, per_seed(entry).replace(", ", "\n")]
+        style = "dim" if entry["rank"] == UNRANKED else ""
+        table.add_row(*(Text(cell) for cell in shown[: len(table.columns)]), style=style)
+    return table
 
 
 def markdown(ranked: pd.DataFrame) -> str:
@@ -169,16 +188,12 @@ def _choices(ranked: pd.DataFrame, name: str) -> list[str]:
 
 
 def _plots(ranked: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    from markupsafe import Markup
-
     from leaderboard.plot import svg
 
     for title, entries in () if ranked.empty else boards(ranked):
         panels = {name: heading for name, heading in columns(entries).items() if name != "clean"}
         if panels:
-            # safe as it is: matplotlib escapes the names that it writes as XML text
-            picture = Markup(svg(entries, panels, title))
-            shown = ", ".join(panels.values())
+            picture, shown = svg(entries, panels, title), ", ".join(panels.values())
             yield {"title": title, "objective": entries["objective"].iloc[0], "svg": picture, "shows": shown}
 
 

@@ -55,8 +55,7 @@ def _torch_names_moved_since_1_12() -> None:
 _numpy_module_dropped_in_2()
 _torch_names_moved_since_1_12()
 _handlers, _level = logging.root.handlers[:], logging.root.level
-with warnings.catch_warnings():  # importing it resets the warning filters and puts a handler on the root logger
-    warnings.simplefilter("ignore")
+with warnings.catch_warnings(record=True):  # importing it resets the warning filters and puts a handler on the root logger
     from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
     from auto_LiRPA.operators import BoundAveragePool, BoundMaxPool, BoundMul
 logging.root.handlers[:] = _handlers

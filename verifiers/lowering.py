@@ -125,7 +125,7 @@ def _refuse_what_is_not_core(module: fx.GraphModule) -> None:
                 continue
         elif kind in CORE_CALLS:
             continue
-        raise UnsupportedNetworkError(f"no sound linear relaxation for {name_of(kind)} ({node.name}); `ibp` may have a rule for it")
+        raise UnsupportedNetworkError(f"no sound linear relaxation for {name_of(kind)} ({node.name}); `ibp` may bound it")
 
 
 def _pair(value: Any) -> tuple[int, int]:

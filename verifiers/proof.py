@@ -41,7 +41,7 @@ def fixed_radius_proof(
     """The proof of a verifier that answers one question, "robust in the ball of radius eps?", per sample."""
     proved = proved.cpu()
     return Proof(
-        radius=torch.where(proved, eps, 0.0).double(),
+        radius=proved.double() * eps,  # in float64 from the start: float32 would round a radius up
         margin=margin.double().cpu(),
         predicted=predicted.cpu(),
         status=tuple(PROVED if yes else OPEN for yes in proved.tolist()),

@@ -299,6 +299,8 @@ def test_names_cover_both_catalogues_and_resolve() -> None:
     assert attack_class("apgd") is Library
     assert attack_fields("pgd", {"eps": EPS, "steps": 3}) == {"eps": EPS, "steps": 3}
     fields = attack_fields("pixle", {"norm": "l0", "eps": EPS, "restarts": 2, "x_dimensions": [2, 3]})
+    long_form = {"norm": "l0", "eps": EPS, "attack": "pixle", "params": {"restarts": 2}, "x_dimensions": [2, 3]}
+    assert attack_fields("torchattacks", long_form) == fields
     attack = Library(**fields)  # type: ignore[arg-type]
     assert attack.params == (("restarts", 2), ("x_dimensions", (2, 3)))
     assert hash(attack) == hash(Library(**fields))  # type: ignore[arg-type]
@@ -324,6 +326,8 @@ def test_what_cannot_be_built_says_why() -> None:
         Library(eps=0.1, attack="apgd")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="params must be a mapping"):
         Library(eps=EPS, attack="apgd", params="steps=3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="params must be a mapping"):
+        Library(norm="l2", eps=EPS, attack="cw", params=("lr",))  # type: ignore[arg-type]
 
 
 def test_an_empty_batch_is_answered_with_an_empty_batch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -38,7 +40,8 @@ def refused(kind: str, spec: dict[str, Any]) -> str:
     "text, value",
     [
         ("8/255", Fraction(8, 255)), ("0.1", Fraction(1, 10)), (0.1, Fraction(1, 10)), (0.05, Fraction(1, 20)),
-        ("0.031", Fraction(31, 1000)), (1, Fraction(1)), ("1", Fraction(1)), (Fraction(2, 7), Fraction(2, 7)), ("1e-3", Fraction(1, 1000)),
+        ("0.031", Fraction(31, 1000)), (1, Fraction(1)), ("1", Fraction(1)), (Fraction(2, 7), Fraction(2, 7)),
+        ("1e-3", Fraction(1, 1000)),
     ],
 )  # fmt: skip
 def test_fractions_are_read_by_their_digits(text: Any, value: Fraction) -> None:
@@ -47,23 +50,29 @@ def test_fractions_are_read_by_their_digits(text: Any, value: Fraction) -> None:
 
 @pytest.mark.parametrize("text", ["eight", "", "8/0", "8//255", None, True, [1], "nan", float("nan"), float("inf")])
 def test_what_is_no_fraction_is_named_with_two_examples(text: Any) -> None:
-    with pytest.raises(UserError, match="eps must be a fraction such as 8/255 or a decimal such as 0.1, got") as caught:
+    with pytest.raises(UserError, match=r"eps must be a fraction such as 8/255 or a decimal such as 0\.1, got") as caught:
         fraction(text, "eps")
     assert repr(text) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999"])
-def test_a_fraction_whose_exact_value_would_fill_the_memory_is_refused_at_once(text: str) -> None:
-    """Fraction(text) would be exact and never finish; in a process of its own, so that this test ends."""
-    import subprocess
-
-    code = f"from bench.build import fraction\nfrom bench.errors import UserError\ntry:\n    fraction({text!r}, 'eps')\n" \
-        "except UserError as reason:\n    print(reason)\n"
+HUGE = """
+from bench.build import fraction
+from bench.errors import UserError
+for text in ("1e999999999", "1e-999999999"):
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=15, check=False)
+        fraction(text, "eps")
+    except UserError as reason:
+        print(reason)
+"""
+
+
+def test_a_fraction_whose_exact_value_would_fill_the_memory_is_refused_at_once() -> None:
+    """Fraction("1e999999999") would be exact and never finish; in a process of its own, so that this test ends."""
+    try:
+        done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"fraction({text!r}) does not return")
-    assert "eps must be a fraction" in done.stdout
+        pytest.fail("it does not return")
+    assert done.stdout.count("eps must be a fraction") == 2
 
 
 def test_eps_of_a_suite_stays_exact_in_attacks_verifiers_objectives_and_threats() -> None:
@@ -147,7 +156,7 @@ def test_convert_follows_optional_and_any() -> None:
     "kind, wrong, right",
     [
         ("method", "hidra", "hydra"), ("objective", "trade", "trades"), ("verifier", "crwn", "crown"),
-        ("attack", "apgdd", "apgd"), ("attack", "PGD", "pgd"),
+        ("attack", "apgdd", "apgd"),
     ],
 )  # fmt: skip
 def test_an_unknown_name_offers_the_nearest_known_one(kind: str, wrong: str, right: str) -> None:
@@ -314,8 +323,6 @@ def test_entry_points_are_found_by_name_and_a_broken_one_is_a_sentence(
     ],
 )  # fmt: skip
 def test_a_built_objects_plain_fields_are_json_and_build_it_again(kind: str, spec: dict[str, Any]) -> None:
-    import json
-
     built = build(kind, spec)
     stored = json.loads(json.dumps(plain(built), allow_nan=False))
     assert stored == plain(built)
@@ -330,9 +337,9 @@ def test_plain_writes_fractions_as_text_and_tuples_as_lists() -> None:
         eps: Fraction = Fraction(8, 255)
         several: tuple[Any, ...] = (1, (Fraction(1, 2),))
         table: dict[str, Any] = field(default_factory=lambda: {"a": Fraction(1, 3)})
-        inner: Any = Threat()
+        inner: Any = None
 
-    assert plain(Nested()) == {
+    assert plain(Nested(inner=Threat())) == {
         "eps": "8/255", "several": [1, ["1/2"]], "table": {"a": "1/3"}, "inner": {"norm": "linf", "eps": "8/255"},
     }  # fmt: skip
 

@@ -87,7 +87,9 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pyte
     assert "--out" in refused(capsys, "run", "digits@1", "--out", tmp_path / "file" / "runs")
 
 
-def test_a_missing_data_file_is_named_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+def test_a_missing_data_file_is_named_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
     sentence = refused(capsys, "certify", checkpoint, "--data", "mnist", "--data-dir", tmp_path)
     assert "train-images-idx3-ubyte" in sentence
     assert "--data-dir" in sentence

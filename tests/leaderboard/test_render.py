@@ -160,6 +160,21 @@ def test_the_terminal_shows_a_table_per_objective(run: Run) -> None:
     assert dense.split()[0] == "–"
 
 
+def test_a_narrow_terminal_loses_no_number(run: Run) -> None:
+    fill(run)
+    lines = list(printed(run, width=80))
+    low, high = interval(18 / 20 * 20 - 2.5, 20)
+    assert max(map(len, lines)) <= 80
+    assert any(f"{100 * low:.1f}–{100 * high:.1f}" in line for line in lines)
+    assert not any("…" in line for line in lines)
+    assert sum(" hydra " in line for line in lines) == 3
+
+
+def test_names_stay_on_a_terminal_that_is_too_narrow_for_everything_else(run: Run) -> None:
+    fill(run)
+    assert sum(" hydra " in line for line in printed(run, width=76)) == 3
+
+
 def test_the_terminal_takes_no_name_for_markup(run: Run) -> None:
     run.add(name="odd", method="[red]mine[/nothing]")
     assert any("[red]mine[/nothing]" in line for line in printed(run))
