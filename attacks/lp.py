@@ -57,6 +57,22 @@ def project(x_adv: Tensor, x: Tensor, norm: str, eps: Fraction | float) -> Tenso
     return torch.where(outside, torch.nextafter(near, x), near).clamp(0.0, 1.0)
 
 
+class Ball:
+    """`project` for many iterates around the same images; for linf its bounds are computed once."""
+
+    def __init__(self, x: Tensor, norm: str, eps: Fraction | float) -> None:
+        self.x, self.norm, self.eps = x, norm, eps
+        self.box = (project(x - 2, x, norm, eps), project(x + 2, x, norm, eps)) if norm == "linf" else None
+
+    def project(self, x_adv: Tensor, rows: Tensor) -> Tensor:
+        """The iterates x_adv of the images `rows`, each put into the exact ball and [0,1]."""
+        if self.box is None:
+            return project(x_adv, self.x[rows], self.norm, self.eps)
+        lower, upper = self.box
+        finite = torch.where(torch.isfinite(x_adv), x_adv, self.x[rows])
+        return torch.minimum(torch.maximum(finite, lower[rows]), upper[rows])
+
+
 def clip_to_ball(x_adv: Tensor, x: Tensor, norm: str, eps: Fraction | float) -> Tensor:
     """The nearest point of the ball, clamped to [0,1], up to float32 rounding: for the inner steps of training.
 

@@ -97,7 +97,8 @@ class PGD:
 
     def _run(self, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor, restart: int, best: _Best) -> None:
         # exact projection at every step: the iterate judged is, bit for bit, the one returned
-        x_adv = lp.project(self._start(x[rows], restart), x[rows], self.norm, self.eps)
+        ball = lp.Ball(x, self.norm, self.eps)
+        x_adv = ball.project(self._start(x[rows], restart), rows)
         for step in range(self.steps + 1):
             look = self._look(model, x_adv, y[rows], gradient=step < self.steps)
             best.update(rows, x_adv, look)
@@ -109,7 +110,7 @@ class PGD:
                 rows, x_adv, gradient = rows[still], x_adv[still], gradient[still]
                 if len(rows) == 0:
                     return
-            x_adv = lp.project(lp.ascend(x_adv, gradient, self.norm, self._step), x[rows], self.norm, self.eps)
+            x_adv = ball.project(lp.ascend(x_adv, gradient, self.norm, self._step), rows)
 
     @property
     def _step(self) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +26,22 @@ from .objectives import OBJECTIVES
 
 CATALOGUES: dict[str, Mapping[str, type]] = {"method": METHODS, "objective": OBJECTIVES, "verifier": VERIFIERS}
 Spec = Mapping[str, Any]
+# two digits of exponent at most: 1e999999999 would be exact and never finish
+NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?|[+-]?\d{1,15}/\d{1,15}")
 
 
 def fraction(text: Any, what: str) -> Fraction:
     """An exact number from text such as 8/255 or 0.1 (a TOML number is read by its decimal digits, so 0.1 is 1/10)."""
+    if isinstance(text, Fraction):
+        return text
+    words = format(Decimal(repr(text)), "f") if isinstance(text, float) else str(text).strip()
     try:
-        if isinstance(text, bool):
+        if isinstance(text, bool) or not NUMBER.fullmatch(words):
             raise ValueError
-        return Fraction(text) if isinstance(text, Fraction) else Fraction(str(text))
+        value = Fraction(words)
+        if max(len(str(abs(value.numerator))), len(str(value.denominator))) > 15:
+            raise ValueError
+        return value
     except (ValueError, ZeroDivisionError):
         raise UserError(f"{what} must be a fraction such as 8/255 or a decimal such as 0.1, got {text!r}") from None
 
@@ -56,7 +66,7 @@ def find(kind: str, name: str) -> type:
         return catalogue[name]
     entries = {entry.name: entry for entry in metadata.entry_points(group=f"sparsecert.{kind}s")}
     if name in entries:
-        return typing.cast(type, entries[name].load())
+        return _from_outside(kind, entries[name].value)
     raise unknown(kind, name, [*catalogue, *entries])
 
 
@@ -97,15 +107,18 @@ def _load_file(path: Path) -> types.ModuleType:
 
 def construct(kind: type, fields: Spec, what: str) -> Any:
     """A dataclass from loosely typed fields; unknown fields and wrong types are one sentence each."""
-    hints = typing.get_type_hints(kind)
+    try:
+        hints = typing.get_type_hints(kind)
+    except Exception as reason:
+        raise UserError(f"{what}: its fields have annotations that cannot be read: {reason}") from reason
     known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     for name in fields:
         if name not in known:
             raise unknown(f"field of {what}", name, known)
     try:
         return kind(**{name: convert(value, known[name], f"{name} of {what}") for name, value in fields.items()})
-    except (ValueError, TypeError) as reason:
-        raise UserError(f"{what}: {reason}") from reason
+    except (ValueError, TypeError, KeyError) as reason:
+        raise UserError(f"{what}: {reason.args[0] if reason.args else reason}") from reason
 
 
 def convert(value: Any, hint: Any, what: str) -> Any:
@@ -124,7 +137,9 @@ def convert(value: Any, hint: Any, what: str) -> Any:
     if hint is Fraction:
         return fraction(value, what)
     if origin is tuple:
-        return tuple(value)
+        if not isinstance(value, list | tuple | Mapping):
+            raise UserError(f"{what} must be a list, got {value!r}")
+        return tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
     return _scalar(value, hint, what)
 
 

@@ -128,6 +128,9 @@ def read_suite(name: str, methods: Iterable[str] = ()) -> Suite:
     return _suite(table, str(path), [{"name": method} for method in methods])
 
 
+NORMS = ("linf", "l2")
+SUITE_KEYS = ("name", "version", "description")
+GRID_KEYS = ("arch", "density", "seed")
 KEYS = {"suite", "data", "threat", "samples", "budget", "grid", "method", "objective", "attack", "verifier"}
 
 
@@ -136,15 +139,20 @@ def _suite(table: dict[str, Any], where: str, extra: list[dict[str, Any]]) -> Su
         if key not in KEYS:
             raise unknown(f"table in {where}", key, KEYS)
     head = _table(table, "suite", where)
+    _known_keys(head, SUITE_KEYS, "[suite]")
+    _known_keys(_table(table, "grid", where), GRID_KEYS, "[grid]")
     threat = construct(Threat, _table(table, "threat", where), "threat")
     attacks = [_assignment("attack", spec, threat) for spec in _tables(table, "attack", where)]
     verifiers = [_assignment("verifier", spec, threat) for spec in _tables(table, "verifier", where)]
     methods = [*_tables(table, "method", where), *extra]
+    if not methods or not table.get("objective"):
+        raise UserError(f"{where} needs at least one [[method]] and one [[objective]]")
     cells = [
         cell
         for objective in _tables(table, "objective", where)
         for cell in _grid(table, where, head, threat, objective, methods, attacks, verifiers)
     ]
+    _distinct_labels(attacks, verifiers, [str(one.get("name")) for one in _tables(table, "objective", where)])
     if len({cell.id for cell in cells}) != len(cells):
         raise UserError(f"{where} names the same cell twice; look for a repeated method, objective, density or seed")
     name, version = _typed(head, "name", str, where), _typed(head, "version", int, where)
@@ -159,11 +167,12 @@ def _grid(
     name, base = str(objective.get("name")), _table(table, "budget", where)
     own = {key: value for key, value in objective.items() if key not in ("headline", "budget")}
     build("objective", own)
+    budget = _typed({"budget": {}, **objective}, "budget", dict, f"objective {name!r}")
     asked = [one for one in verifiers if one.objectives is None or name in one.objectives]
     cell = Cell(
         suite=_typed(head, "name", str, where), version=_typed(head, "version", int, where), data=data, arch="",
         method={}, objective=own, density=Fraction(1), seed=0,
-        budget=construct(Budget, {**base, **objective.get("budget", {})}, f"budget of objective {name!r}"), threat=threat,
+        budget=construct(Budget, {**base, **budget}, f"budget of objective {name!r}"), threat=threat,
         attacks=tuple(one for one in attacks if one.objectives is None or name in one.objectives),
         verifiers=tuple(asked), headline=_headline(objective, asked), samples=_samples(table.get("samples", {})),
     )
@@ -179,6 +188,8 @@ def _grid(
 def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
     own = {key: value for key, value in spec.items() if key not in ("label", "objectives", "first")}
     tool = build(kind, {"norm": threat.norm, "eps": threat.eps, **own})
+    if tool.norm not in NORMS:
+        raise UserError(f"{kind} {own['name']!r} has norm {tool.norm!r}; suites judge in {' and '.join(NORMS)}")
     first, objectives = spec.get("first"), spec.get("objectives")
     if kind == "attack" and first is not None:
         raise UserError("an attack takes no `first`: images that it never saw would count as survivors; use [samples]")
@@ -188,6 +199,25 @@ def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
         raise UserError(f"`objectives` of {kind} {own['name']!r} must be a list of names, got {objectives!r}")
     label = spec.get("label", _slug(str(own["name"])))
     return Assignment(str(label), own, tool, None if objectives is None else tuple(objectives), first)
+
+
+def _distinct_labels(attacks: list[Assignment], verifiers: list[Assignment], objectives: list[str]) -> None:
+    """Labels name columns and metrics, so none may stand twice or take the name of a metric over all."""
+    for tools, taken in ((attacks, "worst"), (verifiers, "union")):
+        seen = {taken: f"the metric {taken!r}"}
+        for one in tools:
+            if one.label in seen:
+                raise UserError(f"the label {one.label!r} is taken by {seen[one.label]}; give another `label`")
+            seen[one.label] = "another entry"
+            for name in one.objectives or ():
+                if name not in objectives:
+                    raise unknown(f"objective of {one.label!r}", str(name), objectives)
+
+
+def _known_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise unknown(f"field of {where}", key, known)
 
 
 def _headline(objective: dict[str, Any], verifiers: list[Assignment]) -> str:
@@ -210,13 +240,11 @@ def _samples(table: Any) -> dict[str, Any]:
 
 def _data(table: dict[str, Any]) -> dict[str, Any]:
     name, augment = table.get("name"), table.get("augment", "none")
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         raise unknown("data set", str(name), DATASETS)
-    if augment not in AUGMENTATIONS:
+    if not isinstance(augment, str) or augment not in AUGMENTATIONS:
         raise unknown("augmentation", str(augment), AUGMENTATIONS)
-    extra = set(table) - {"name", "augment"}
-    if extra:
-        raise unknown("field of [data]", sorted(extra)[0], ["name", "augment"])
+    _known_keys(table, ("name", "augment"), "[data]")
     return {"name": name, "augment": augment}
 
 
@@ -230,7 +258,7 @@ def _density(value: Any) -> Fraction:
 def _archs(grid: dict[str, Any], where: str) -> list[str]:
     names = _list(grid, "arch", where)
     for name in names:
-        if name not in MODELS:
+        if not isinstance(name, str) or name not in MODELS:
             raise unknown("model", str(name), MODELS)
     return names
 

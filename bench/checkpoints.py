@@ -21,6 +21,8 @@ from .models import MODELS, Shape, build_model
 
 LARGEST = 4 * 2**30  # bytes of a checkpoint, packed or unpacked
 KEY = "sparsecert"
+LARGEST_SIDE, MOST_CLASSES = 4096, 100_000
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class Card:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sides = len(self.shape) == 3 and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in self.shape)
+        if not sides or type(self.classes) is not int or not 2 <= self.classes <= MOST_CLASSES:
+            raise ValueError(f"shape {self.shape!r} and {self.classes!r} classes describe no image classifier")
+        if not isinstance(self.arch, str) or not isinstance(self.data, str):
+            raise ValueError(f"arch {self.arch!r} and data {self.data!r} must be names")
+        if not all(isinstance(value, int | float) for value in (*self.mean, *self.std)):
+            raise ValueError(f"mean {self.mean!r} and std {self.std!r} must be numbers")
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Tensor], card: Card) -> None:
@@ -53,8 +64,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Card | None]:
     if not state:
         raise UserError(f"{path} holds no tensors")
     for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UserError(f"{path}: the tensor {name!r} holds NaN or infinite values")
+        if value.dtype not in DTYPES:
+            raise UserError(f"{path}: the tensor {name!r} has type {value.dtype}; plain checkpoints hold floats and integers")
+        if not bool(torch.isfinite(value.float()).all()):
+            raise UserError(f"{path}: the tensor {name!r} holds NaN or infinite values (as float32)")
     return state, card
 
 
@@ -94,7 +107,8 @@ def _torch_state(path: Path) -> dict[str, Tensor]:
             f"{path} holds pickled objects or is damaged, and nothing is ever unpickled here; save model.state_dict() instead"
         ) from reason
     except Exception as reason:
-        raise UserError(f"{path} is not a checkpoint that can be read: {str(reason).splitlines()[0]}") from reason
+        first = next(iter(str(reason).splitlines()), type(reason).__name__)
+        raise UserError(f"{path} is not a checkpoint that can be read: {first}") from reason
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in loaded.items()):
         raise UserError(f"{path} is not a plain state dict (names to tensors); save model.state_dict()")
     return loaded
@@ -102,12 +116,13 @@ def _torch_state(path: Path) -> dict[str, Tensor]:
 
 def network(state: Mapping[str, Tensor], card: Card, where: Path) -> nn.Module:
     """The card's network with exactly these weights, in eval mode. Raises UserError for another architecture's weights."""
-    model = build_model(card.arch, card.shape, card.classes, card.mean, card.std)
-    wanted = model.state_dict()
+    with torch.device("meta"):  # names and shapes only: a card may claim any size
+        wanted = build_model(card.arch, card.shape, card.classes).state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     wrong = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
     if missing or extra or wrong:
         raise UserError(f"{where} is not a checkpoint of {_named(card)}: {_difference(wanted, state, missing, extra, wrong)}")
+    model = build_model(card.arch, card.shape, card.classes, card.mean, card.std)
     model.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()})
     return model.eval().requires_grad_(False)
 
@@ -132,7 +147,8 @@ def guess_arch(state: Mapping[str, Tensor], shape: Shape, classes: int) -> str |
     have = {name: tuple(value.shape) for name, value in state.items()}
     for arch in MODELS:
         try:
-            model = build_model(arch, shape, classes)
+            with torch.device("meta"):
+                model = build_model(arch, shape, classes)
         except UserError:
             continue
         if {name: tuple(value.shape) for name, value in model.state_dict().items()} == have:

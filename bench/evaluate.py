@@ -174,7 +174,7 @@ def _attack(
 
 def _witness(one: Assignment, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The attack's proposal, put into the exact ball and [0,1] by us."""
-    proposed = one.tool(model, x, y)
+    proposed = one.tool(model, x.clone(), y.clone())  # a plug-in may write into what it is given
     legal = lp.project(torch.where(torch.isfinite(proposed), proposed, x), x, one.tool.norm, one.tool.eps)
     inside = within(legal, x, one.tool.norm, one.tool.eps)
     return torch.where(inside.view(-1, *[1] * (x.dim() - 1)), legal, x)

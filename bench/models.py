@@ -118,6 +118,7 @@ def _normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"mean and std need one number per channel ({channels}), got {len(mean)} and {len(std)}")
-    if not all(value > 0 for value in std):
-        raise UserError(f"std must be positive, got {', '.join(map(str, std))}")
-    return Normalize(mean, std)
+    try:
+        return Normalize(mean, std)
+    except ValueError as reason:
+        raise UserError(str(reason)) from reason

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import locked, make_folder, write_whole
 from .provenance import code_digest, identity
 from .sparsity import effective_state, is_attached
-from .train import Phase, PruningMethod, Snapshots, Training, derived_seed, nothing, run_phase
+from .train import Budget, Phase, PruningMethod, Snapshots, Training, derived_seed, nothing, run_phase
 
 SECONDS_BETWEEN_SNAPSHOTS = 2.0
 
@@ -67,16 +68,26 @@ def _run_stored(
     model: nn.Module, phase: Phase, training: Training, store: Path, key: str, report: Callable[[str, int, int, float], None]
 ) -> None:
     finished, partial = store / f"{key}.safetensors", store / f"{key}.partial.pt"
+    if _loaded(model, finished):
+        return
+    with locked(store / f"{key}.lock"):  # a worker that needs the same phase waits for it instead of repeating it
+        if _loaded(model, finished):
+            return
+        run_phase(model, phase, training, FileSnapshots(partial), report)
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        write_whole(finished, lambda temporary: save_file(state, temporary))
+        partial.unlink(missing_ok=True)
+
+
+def _loaded(model: nn.Module, finished: Path) -> bool:
+    """Whether the phase's result could be loaded into the model; a damaged file counts as none."""
     if not finished.exists():
-        with locked(store / f"{key}.lock"):  # a worker that needs the same phase waits for it instead of repeating it
-            if not finished.exists():
-                run_phase(model, phase, training, FileSnapshots(partial), report)
-                state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-                write_whole(finished, lambda temporary: save_file(state, temporary))
-                partial.unlink(missing_ok=True)
-                return
-    device = next(model.parameters()).device
-    model.load_state_dict(load_file(finished, device=str(device)))
+        return False
+    try:
+        model.load_state_dict(load_file(finished, device=str(next(model.parameters()).device)))
+    except (SafetensorError, RuntimeError, OSError):
+        return False
+    return True
 
 
 class FileSnapshots(Snapshots):
@@ -98,6 +109,13 @@ class FileSnapshots(Snapshots):
             self.saved = time.monotonic()
 
 
+def _budget_that_matters(budget: Budget, hooked: bool) -> Budget:
+    """A plain phase depends on its own epochs, learning rate and ramp alone; what a hook may read is anyone's guess."""
+    if hooked:
+        return budget
+    return replace(budget, pretrain=0, prune=0, finetune=0, lr=0.0, prune_lr=0.0, finetune_lr=0.0, ramp=0.0)
+
+
 def phase_key(model: nn.Module, phase: Phase, method: PruningMethod, density: Fraction, training: Training) -> str:
     """What a phase's result depends on. Method and density count only where they can: attached parts, hooks, a penalty."""
     total = hashlib.sha256()
@@ -112,7 +130,7 @@ def phase_key(model: nn.Module, phase: Phase, method: PruningMethod, density: Fr
         identity(training.objective),
         training.data.digest,
         training.augment,
-        replace(training.budget, pretrain=0, prune=0, finetune=0),  # the phase's own epochs count, not the others'
+        _budget_that_matters(training.budget, hooked=not phase.is_plain),
         training.seed,
         own,
         code_digest(),

@@ -142,8 +142,7 @@ class PruningMethod(Protocol):
 
 def derived_seed(*parts: object) -> int:
     """A 63-bit seed from any values: equal values, equal seed; different purposes never share a stream."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 class Snapshots:
@@ -236,6 +235,14 @@ def run_phase(
             snapshots.save(run.state)
 
 
+def _fill_cache(model: nn.Module) -> None:
+    """Compute every effective weight with its gradient: one first met under no_grad would be cached without."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                getattr(module, str(name))
+
+
 def _epoch(run: _Run, phase: Phase, training: Training) -> float:
     """One pass over the data; returns the mean loss (the only synchronisation with the device)."""
     model, optimizer = run.model, run.optimizer
@@ -247,6 +254,7 @@ def _epoch(run: _Run, phase: Phase, training: Training) -> float:
         progress = Progress(step, steps, round(phase.ramp * steps))
         optimizer.zero_grad(set_to_none=True)
         with parametrize.cached():  # effective weights are computed once per step, not once per forward pass
+            _fill_cache(model)
             loss = training.objective(model, x, y, progress)
             if phase.penalty is not None:
                 loss = loss + phase.penalty(model, x, y)

@@ -19,7 +19,7 @@ from .graph import layer_type, output_of, trace, walk
 from .normalise import Normalize
 from .proof import UnsupportedNetworkError
 
-Linear = Callable[[Tensor, Tensor], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def conv(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,14 +41,24 @@ def batchnorm_scale(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _affine(x: Region, op: Linear, weight: Tensor, bias: Tensor | None) -> Interval:
-    """Exact bounds of op(x, weight) + bias over the region; `bias` broadcasts against the output."""
-    middle, spread = op(x.lower + x.upper, weight) / 2, op(x.upper - x.lower, weight.abs()) / 2
-    shift = 0 if bias is None else bias
-    box = Interval(middle - spread + shift, middle + spread + shift)
+    """Exact bounds of op(x, weight, bias), linear in x, over the region."""
+    half = weight / 2  # exact, and cheaper than halving activations
+    middle, spread = op(x.lower + x.upper, half, bias), op(x.upper - x.lower, half.abs(), None)
+    box = Interval(middle - spread, middle + spread)
     if isinstance(x, Interval):
         return box
-    middle, spread = op(x.middle, weight) + shift, op(x.spread.square(), weight.square()).sqrt()
+    middle, spread = op(x.middle, weight, bias), _dual_norm(x.spread, op, weight)
     return Interval(torch.maximum(box.lower, middle - spread), torch.minimum(box.upper, middle + spread))
+
+
+def _dual_norm(spread: Tensor, op: Linear, weight: Tensor) -> Tensor:
+    """sqrt(sum (w * spread)^2) per output, rounded up; in float64, where squares of float32 numbers do not underflow.
+
+    The floor keeps the gradient of an output without weights finite.
+    """
+    squares = op(spread.double().square(), weight.double().square(), None)
+    norm = squares.clamp_min(1e-300).sqrt()
+    return norm.to(spread.dtype) * (1 + 2 * torch.finfo(spread.dtype).eps)
 
 
 def _linear(layer: nn.Linear, x: Region) -> Interval:
@@ -56,13 +66,12 @@ def _linear(layer: nn.Linear, x: Region) -> Interval:
 
 
 def _conv(layer: nn.Conv2d, x: Region) -> Interval:
-    bias = None if layer.bias is None else layer.bias.view(1, -1, 1, 1)
-    return _affine(x, lambda value, weight: conv(layer, value, weight), layer.weight, bias)
+    return _affine(x, lambda value, weight, bias: conv(layer, value, weight, bias), layer.weight, layer.bias)
 
 
 def _batchnorm(layer: nn.BatchNorm2d, x: Region) -> Interval:
     scale, shift = batchnorm_scale(layer)
-    return _affine(x, torch.mul, scale, shift)
+    return _affine(x, lambda value, by, plus: value * by if plus is None else value * by + plus, scale, shift)
 
 
 def _normalise(layer: Normalize, x: Region) -> Region:
@@ -86,7 +95,16 @@ def _monotone_call(function: Callable[..., Tensor]) -> Callable[..., Interval]:
     return lambda x, *args, **kwargs: _monotone(function, x, *args, **kwargs)
 
 
-def _add(a: Any, b: Any) -> Interval:
+def _averaged(layer: Callable[..., Tensor], x: Region, *args: Any, **kwargs: Any) -> Interval:
+    divisor = kwargs.get("divisor_override", getattr(layer, "divisor_override", args[5] if len(args) > 5 else None))
+    if divisor is not None and divisor <= 0:
+        raise UnsupportedNetworkError(f"no bound rule for average pooling with divisor_override={divisor}")
+    return _monotone(layer, x, *args, **kwargs)
+
+
+def _add(a: Any, b: Any, alpha: float = 1) -> Interval:
+    if alpha != 1:
+        raise UnsupportedNetworkError(f"no bound rule for torch.add with alpha={alpha}")
     if not isinstance(a, Interval | Ellipsoid) or not isinstance(b, Interval | Ellipsoid):
         raise UnsupportedNetworkError("no bound rule for adding a constant inside the network's forward")
     return Interval(a.lower + b.lower, a.upper + b.upper)
@@ -102,7 +120,7 @@ def _dropout(layer: nn.Dropout, x: Region) -> Region:
     return x
 
 
-MONOTONE_LAYERS = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid)
+MONOTONE_LAYERS = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid)
 
 INTERVAL_RULES: dict[Any, Callable[..., Any]] = {
     nn.Linear: _linear,
@@ -113,6 +131,7 @@ INTERVAL_RULES: dict[Any, Callable[..., Any]] = {
     nn.Identity: lambda _, x: x,
     nn.Dropout: _dropout,
     **dict.fromkeys(MONOTONE_LAYERS, _monotone),
+    nn.AvgPool2d: _averaged,
     operator.add: _add,
     torch.add: _add,
     torch.cat: _cat,
@@ -122,15 +141,14 @@ INTERVAL_RULES: dict[Any, Callable[..., Any]] = {
     torch.relu: _monotone_call(torch.relu),
     "relu": _monotone_call(torch.relu),
     F.max_pool2d: _monotone_call(F.max_pool2d),
-    F.avg_pool2d: _monotone_call(F.avg_pool2d),
+    F.avg_pool2d: lambda x, *args, **kwargs: _averaged(F.avg_pool2d, x, *args, **kwargs),
     F.adaptive_avg_pool2d: _monotone_call(F.adaptive_avg_pool2d),
 }
 
 
 def ibp_logits(model: nn.Module, x: Region) -> Interval:
     """Interval that contains the logits [N, C] of every point of the region."""
-    values = walk(model, x, INTERVAL_RULES)
-    return values[output_of(trace(model))]
+    return walk(model, x, INTERVAL_RULES)
 
 
 def ibp_margins(model: nn.Module, x: Region, y: Tensor) -> Tensor:
@@ -139,10 +157,9 @@ def ibp_margins(model: nn.Module, x: Region, y: Tensor) -> Tensor:
     head = output_of(graph)
     layer = dict(model.named_modules()).get(str(head.target)) if head.op == "call_module" else None
     if layer is None or layer_type(layer) is not nn.Linear:
-        logits = walk(model, x, INTERVAL_RULES)[head]
-        return _subtract(logits, y)
+        return _subtract(ibp_logits(model, x), y)
     (source,) = head.all_input_nodes
-    return _merged_margins(layer, walk(model, x, INTERVAL_RULES, until=head)[source], y)
+    return _merged_margins(layer, walk(model, x, INTERVAL_RULES, wanted=source), y)
 
 
 def _subtract(logits: Interval, y: Tensor) -> Tensor:
@@ -154,8 +171,9 @@ def _merged_margins(layer: Any, x: Region, y: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     rows = weight.unsqueeze(1) - weight.unsqueeze(0)  # [C, C, d]: row (i, j) is w_i - w_j
 
-    def op(value: Tensor, matrix: Tensor) -> Tensor:
-        return torch.einsum("ncd,nd->nc", matrix[y], value.expand(len(y), -1))
+    def op(value: Tensor, matrix: Tensor, plus: Tensor | None) -> Tensor:
+        out = torch.einsum("ncd,nd->nc", matrix[y], value.expand(len(y), -1))
+        return out if plus is None else out + plus
 
     shift = None if bias is None else bias[y].unsqueeze(1) - bias
     return _affine(x, op, rows, shift).lower

@@ -16,7 +16,8 @@ Value = TypeVar("Value")
 Rule = Callable[..., Any]
 Rules = Mapping[Any, Rule]
 
-_graphs: weakref.WeakKeyDictionary[nn.Module, fx.Graph] = weakref.WeakKeyDictionary()
+Shape = tuple[tuple[str, type, bool], ...]
+_graphs: weakref.WeakKeyDictionary[nn.Module, tuple[Shape, fx.Graph]] = weakref.WeakKeyDictionary()
 
 
 class _Tracer(fx.Tracer):
@@ -25,13 +26,30 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The graph of the model, traced once; layers are looked up anew at each walk, so parametrizations may come and go."""
-    if model not in _graphs:
+    """The graph of the model: traced once, and again when layers or modes changed; parametrizations may come and go.
+
+    Raises UnsupportedNetworkError for a forward that cannot be traced, takes several inputs or is changed by hooks.
+    """
+    shape = tuple((name, layer_type(layer), layer.training) for name, layer in model.named_modules())
+    _refuse_hooks(model)
+    if model not in _graphs or _graphs[model][0] != shape:
         try:
-            _graphs[model] = _Tracer().trace(model)
+            graph = _Tracer().trace(model)
         except Exception as reason:
             raise UnsupportedNetworkError(f"the network's forward cannot be traced by torch.fx: {reason}") from reason
-    return _graphs[model]
+        inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
+        if len(inputs) != 1:
+            raise UnsupportedNetworkError(f"the network must take one tensor of images, its forward takes {', '.join(inputs)}")
+        _graphs[model] = shape, graph
+    return _graphs[model][1]
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise UnsupportedNetworkError(
+                f"the layer {name!r} has forward hooks, which bounds cannot see; bake them in (prune.remove for masks)"
+            )
 
 
 def output_of(graph: fx.Graph) -> fx.Node:
@@ -52,27 +70,35 @@ def name_of(kind: Any) -> str:
     return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
 
 
-def walk(model: nn.Module, value: Value, rules: Rules, until: fx.Node | None = None) -> dict[fx.Node, Any]:
-    """Values of all nodes up to and including the output (or before `until`), each by its rule.
+def walk(model: nn.Module, value: Value, rules: Rules, wanted: fx.Node | None = None) -> Any:
+    """The value of the output, or of the node `wanted`, when every operation is done by its rule.
 
-    A rule is called as rule(layer, value, ...) for layers and rule(value, ...) for functions and methods.
+    A rule is called as rule(layer, value, ...) for layers and rule(value, ...) for functions and methods. Values that
+    nothing needs any more are dropped at once: without gradients, memory stays that of the widest layer.
     Raises UnsupportedNetworkError, naming the operation, where the table has no rule.
     """
-    modules = dict(model.named_modules())
+    modules, graph = dict(model.named_modules()), trace(model)
+    wanted = output_of(graph) if wanted is None else wanted
     values: dict[fx.Node, Any] = {}
-    for node in trace(model).nodes:
-        if node is until or node.op == "output":
+    uses = {node: len(node.users) for node in graph.nodes}
+    for node in graph.nodes:
+        values[node] = value if node.op == "placeholder" else _step(node, modules, rules, values)
+        if node is wanted:
             break
-        if node.op == "placeholder":
-            values[node] = value
-            continue
-        if node.op == "get_attr":
-            raise UnsupportedNetworkError(f"no bound rule for the constant {node.target!r} inside the network's forward")
-        kind = operation(node, modules)
-        if kind not in rules:
-            known = ", ".join(sorted({name_of(key) for key in rules}))
-            raise UnsupportedNetworkError(f"no bound rule for {name_of(kind)} ({node.name}); known: {known}")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        first = (modules[str(node.target)],) if node.op == "call_module" else ()
-        values[node] = rules[kind](*first, *args, **kwargs)
-    return values
+        for source in node.all_input_nodes:
+            uses[source] -= 1
+            if uses[source] == 0:
+                del values[source]
+    return values[wanted]
+
+
+def _step(node: fx.Node, modules: Mapping[str, nn.Module], rules: Rules, values: dict[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        raise UnsupportedNetworkError(f"no bound rule for the constant {node.target!r} inside the network's forward")
+    kind = operation(node, modules)
+    if kind not in rules:
+        known = ", ".join(sorted({name_of(key) for key in rules}))
+        raise UnsupportedNetworkError(f"no bound rule for {name_of(kind)} ({node.name}); known: {known}")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    first = (modules[str(node.target)],) if node.op == "call_module" else ()
+    return rules[kind](*first, *args, **kwargs)

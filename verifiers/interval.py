@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .ball import region
 from .bounds import ibp_margins, smallest_margin
 from .proof import Proof, fixed_radius_proof
-from .rounding import Settled, allowance, in_float64, settle
+from .rounding import Settled, allowance, full_precision, in_float64, settle
 
 
 def ibp_settled(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: Fraction) -> Settled:
@@ -39,9 +39,10 @@ class IBP:
     deterministic: ClassVar[bool] = True
 
     @torch.no_grad()
+    @full_precision()
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
         settled = ibp_settled(model, x, y, self.norm, self.eps)
         predicted = model(x).argmax(1)
         return fixed_radius_proof(
-            float(self.eps), settled.proved & (predicted == y), settled.margin, predicted, rechecked=settled.rechecked
+            float(self.eps), settled.proved & (predicted == y), settled.margin, predicted, rechecked=int(settled.rechecked.sum())
         )

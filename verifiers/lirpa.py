@@ -17,7 +17,7 @@ from .guard import selfcheck
 from .interval import ibp_settled
 from .lowering import Lowered, lower
 from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof
-from .rounding import allowance, in_float64, settle
+from .rounding import allowance, full_precision, in_float64, settle
 
 BATCH = 128
 
@@ -50,6 +50,8 @@ class Relaxation:
     def __init__(self, model: nn.Module, example: Tensor, norm: str, eps: Fraction) -> None:
         self.norm, self.eps = norm, eps
         self.lowered: Lowered = lower(model, example[:2])
+        if norm == "l2" and not self.lowered.starts_affine:
+            raise UnsupportedNetworkError("auto-LiRPA 0.3 bounds l2 balls rightly only where the first layer is Conv2d or Linear")
         self.dtype = example.dtype
         self.classes = int(model(example[:1]).shape[1])
         self._checked: set[str] = set()
@@ -91,12 +93,17 @@ class Relaxation:
                     self._checked.add(method)
                 parts = [self._batch(bounded, x[i], y[i], method) for i in torch.arange(len(x)).split(BATCH)]
             except UnsupportedNetworkError:
-                self._wrapped = None
+                self._discard()
                 raise
             except Exception as reason:
-                self._wrapped = None
+                self._discard()
                 raise UnsupportedNetworkError(f"auto-LiRPA 0.3 cannot bound this network by {method}: {reason}") from reason
         return torch.cat(parts) if parts else x.new_zeros(0)
+
+    def _discard(self) -> None:
+        """After an exception the library's graph may be left inconsistent: a new one is built, and checked, if need be."""
+        self._wrapped = None
+        self._checked.clear()
 
     def _batch(self, bounded: Any, x: Tensor, y: Tensor, method: str) -> Tensor:
         rows = difference_rows(y, self.classes, self.dtype)
@@ -112,8 +119,11 @@ class _LinearRelaxation:
     methods: ClassVar[tuple[str, ...]] = ()
 
     @torch.no_grad()
+    @full_precision()
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
         predicted = model(x).argmax(1)
+        if len(x) == 0:
+            return fixed_radius_proof(float(self.eps), predicted == y, x.new_zeros(0), predicted)
         cheap = ibp_settled(model, x, y, self.norm, self.eps)
         relaxation = Relaxation(model, x, self.norm, self.eps)
         allowed = allowance(model, region(x, self.norm, self.eps))
@@ -135,7 +145,7 @@ class _LinearRelaxation:
             torch.stack([one.margin for one in everything]).amax(0),
             predicted,
             notes=relaxation.notes,
-            rechecked=sum(one.rechecked for one in everything),
+            rechecked=int(torch.stack([one.rechecked for one in everything]).any(0).sum()),
             details={"raw_margin": own.margin.cpu()},
         )
 

@@ -54,12 +54,13 @@ def _torch_names_moved_since_1_12() -> None:
 
 _numpy_module_dropped_in_2()
 _torch_names_moved_since_1_12()
-_handlers, _level = logging.root.handlers[:], logging.root.level
+_handlers, _level, _recursion = logging.root.handlers[:], logging.root.level, sys.getrecursionlimit()
 with warnings.catch_warnings(record=True):  # importing it resets the warning filters and puts a handler on the root logger
     from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
     from auto_LiRPA.operators import BoundAveragePool, BoundMaxPool, BoundMul
 logging.root.handlers[:] = _handlers
 logging.root.setLevel(_level)
+sys.setrecursionlimit(_recursion)  # it asks for a million, which turns endless recursion into a crash
 
 
 def _accept_remove_duplicate(members: Callable[..., Any]) -> Callable[..., Any]:

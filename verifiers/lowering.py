@@ -22,6 +22,7 @@ from .proof import UnsupportedNetworkError
 
 CORE_LAYERS = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, nn.BatchNorm2d)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+SUMS = (operator.add, torch.add)
 CORE_CALLS = (operator.add, torch.add, torch.relu, F.relu, torch.flatten, torch.cat, "flatten", "relu")
 
 
@@ -33,6 +34,7 @@ class Lowered:
     shift: Tensor | None
     steps: tuple[str, ...]
     patches_are_sound: bool
+    starts_affine: bool
 
     def move(self, x: Tensor) -> Tensor:
         """The pixels x as the lowered network's input."""
@@ -57,7 +59,7 @@ def lower(model: nn.Module, example: Tensor) -> Lowered:
     module.recompile()
     module.delete_all_unused_submodules()
     _refuse_what_is_not_core(module)
-    lowered = Lowered(module.eval(), shift, tuple(steps), _patches_are_sound(module))
+    lowered = Lowered(module.eval(), shift, tuple(steps), _patches_are_sound(module), _starts_affine(module))
     _check_equal(model, lowered, example)
     return lowered
 
@@ -123,9 +125,28 @@ def _refuse_what_is_not_core(module: fx.GraphModule) -> None:
             layer = layers[str(node.target)]
             if kind in CORE_LAYERS or (kind in POOLS and _plain_pool(layer)) or _global_average(layer):
                 continue
-        elif kind in CORE_CALLS:
+        elif kind in CORE_CALLS and (kind not in SUMS or _plain_sum(node)):
             continue
         raise UnsupportedNetworkError(f"no sound linear relaxation for {name_of(kind)} ({node.name}); `ibp` may bound it")
+
+
+def _plain_sum(node: fx.Node) -> bool:
+    """Two values, no constants, no factor."""
+    return len(node.args) == 2 and all(isinstance(one, fx.Node) for one in node.args) and not node.kwargs
+
+
+def _starts_affine(module: fx.GraphModule) -> bool:
+    """Whether the input reaches convolutions and linear layers only, at most flattened on the way."""
+    layers = dict(module.named_modules())
+    (image,) = (node for node in module.graph.nodes if node.op == "placeholder")
+    users = list(image.users)
+    for node in users:
+        kind = operation(node, layers)
+        if kind in (nn.Flatten, torch.flatten, "flatten"):
+            users.extend(node.users)
+        elif kind not in (nn.Conv2d, nn.Linear):
+            return False
+    return True
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 PROVED, OPEN, ABSTAIN, TIMEOUT, ERROR = "proved", "open", "abstain", "timeout", "error"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .normalise import Normalize
 SHARE = {torch.float32: 1e-4, torch.float64: 1e-9}
 UNIT = {dtype: torch.finfo(dtype).eps for dtype in SHARE}
 SAFETY = 4.0
+ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh, nn.ReLU)  # no two values move apart: the error stays what it was
 
 
 class Tracked(NamedTuple):
@@ -42,7 +44,7 @@ def _affine(layer: nn.Module, x: Tracked, op: Callable[[Tensor], Tensor], terms:
     """`op` applies the layer's absolute weights; a sum of n terms loses at most n units of its absolute sum."""
     total = op(x.size) + shift
     bounds = INTERVAL_RULES[layer_type(layer)](layer, x.bounds)
-    return Tracked(bounds, op(x.error) + terms * total, torch.maximum(x.largest, _per_sample(total)))
+    return _fresh(bounds, op(x.error), x.largest, total, terms)
 
 
 def _linear(layer: nn.Linear, x: Tracked) -> Tracked:
@@ -56,8 +58,12 @@ def _conv(layer: nn.Conv2d, x: Tracked) -> Tracked:
 
 
 def _batchnorm(layer: nn.BatchNorm2d, x: Tracked) -> Tracked:
-    scale, shift = batchnorm_scale(layer)
-    return _affine(layer, x, lambda v: v * scale.abs(), 8, shift.abs())
+    scale, _ = batchnorm_scale(layer)
+    assert layer.running_mean is not None
+    shift = layer.running_mean.abs().view(1, -1, 1, 1) * scale.abs()  # rounded apart from the bias that it may cancel with
+    if layer.affine:
+        shift = shift + layer.bias.abs().view(1, -1, 1, 1)
+    return _affine(layer, x, lambda v: v * scale.abs(), 8, shift)
 
 
 def _normalise(layer: Normalize, x: Tracked) -> Tracked:
@@ -69,33 +75,41 @@ def _other_layer(kind: type[nn.Module]) -> Callable[..., Tracked]:
 
     def rule(layer: nn.Module, x: Tracked) -> Tracked:
         bounds = INTERVAL_RULES[kind](layer, x.bounds)
-        error = _spread(layer, x.error, kind)
-        shrinks = x.error.numel() / max(1, error.numel())  # values that a pooling window may sum (9 where windows overlap)
-        return _fresh(bounds, error, x.largest, terms=2 + 9 * shrinks)
+        error = x.error if kind in ELEMENTWISE else layer(x.error)
+        return _fresh(bounds, error, x.largest, layer(x.size), _window(layer, x.size))
 
     return rule
 
 
-def _spread(op: Callable[[Tensor], Tensor], error: Tensor, kind: Any) -> Tensor:
-    contractions = (nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh, nn.ReLU)  # 1-Lipschitz elementwise: keep the error
-    return error if kind in contractions else op(error)
+def _window(layer: Any, x: Tensor) -> int:
+    """No more values than this are summed for one output of a layer that may be an average."""
+    kernel = getattr(layer, "kernel_size", None)
+    if kernel is None:
+        return 2 + (x.shape[2] * x.shape[3] if x.dim() == 4 else 0)
+    return 2 + (kernel * kernel if isinstance(kernel, int) else kernel[0] * kernel[1])
 
 
-def _fresh(bounds: Region, error: Tensor, largest: Tensor, terms: float = 2.0) -> Tracked:
-    size = torch.maximum(bounds.lower.abs(), bounds.upper.abs())
-    return Tracked(bounds, error + terms * size, torch.maximum(largest, _per_sample(size)))
+def _fresh(bounds: Region, error: Tensor, largest: Tensor, total: Tensor, terms: int) -> Tracked:
+    """`total` bounds the absolute sums behind the bounds; products may also underflow, by less than the smallest normal."""
+    info = torch.finfo(total.dtype)
+    return Tracked(bounds, error + terms * (total + info.tiny / info.eps), torch.maximum(largest, _per_sample(total)))
 
 
 def _call(kind: Any) -> Callable[..., Tracked]:
+    def through(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return INTERVAL_RULES[kind](Interval(value, value), *args, **kwargs).upper
+
     def rule(x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
         bounds = INTERVAL_RULES[kind](x.bounds, *args, **kwargs)
-        return _fresh(bounds, INTERVAL_RULES[kind](Interval(x.error, x.error), *args, **kwargs).upper, x.largest)
+        size, error = through(x.size, *args, **kwargs), through(x.error, *args, **kwargs)
+        return _fresh(bounds, error, x.largest, size, _window(None, x.size))
 
     return rule
 
 
-def _add(a: Tracked, b: Tracked) -> Tracked:
-    return _fresh(INTERVAL_RULES[torch.add](a.bounds, b.bounds), a.error + b.error, torch.maximum(a.largest, b.largest))
+def _add(a: Tracked, b: Tracked, alpha: float = 1) -> Tracked:
+    bounds = INTERVAL_RULES[torch.add](a.bounds, b.bounds, alpha)
+    return _fresh(bounds, a.error + b.error, torch.maximum(a.largest, b.largest), a.size + b.size, 2)
 
 
 def _cat(parts: Sequence[Tracked], dim: int = 0) -> Tracked:
@@ -127,9 +141,22 @@ def allowance(model: nn.Module, x: Region) -> Tensor:
     """
     dtype = x.lower.dtype
     start = torch.maximum(x.lower.abs(), x.upper.abs())
-    values = walk(model, Tracked(x, start, _per_sample(start)), ERROR_RULES)
-    output = list(values.values())[-1]
+    output = walk(model, Tracked(x, start, _per_sample(start)), ERROR_RULES)
     return torch.maximum(SHARE[dtype] * output.largest, SAFETY * UNIT[dtype] * _per_sample(output.error))
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast, no TF32, no reduced matrix products inside: float32 means float32, as the allowance assumes."""
+    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = cudnn
+        torch.set_float32_matmul_precision(matmul)
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -140,7 +167,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 class Settled(NamedTuple):
     margin: Tensor
     proved: Tensor
-    rechecked: int
+    rechecked: Tensor
 
 
 def settle(margin: Tensor, allowed: Tensor, recompute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Settled:
@@ -150,9 +177,10 @@ def settle(margin: Tensor, allowed: Tensor, recompute: Callable[[Tensor], tuple[
     """
     margin, allowed = margin.double(), allowed.double()
     proved = torch.isfinite(margin) & (margin > allowed)
-    unsure = (~proved & ~(margin <= -allowed)).nonzero().flatten()
+    undecided = ~proved & ~(margin <= -allowed)
+    unsure = undecided.nonzero().flatten()
     if len(unsure):
         exact, needed = recompute(unsure)
         margin = margin.index_copy(0, unsure, exact)
         proved = proved.index_copy(0, unsure, torch.isfinite(exact) & (exact > needed))
-    return Settled(margin, proved, len(unsure))
+    return Settled(margin, proved, undecided)

@@ -71,7 +71,7 @@ class Smoothing:
     def __post_init__(self) -> None:
         if self.norm != "l2":
             raise ValueError(f"smoothing with Gaussian noise certifies l2 balls, not {self.norm!r}")
-        if not (self.sigma > 0 and self.n0 >= 1 and self.n >= 1 and 0 < self.alpha < 0.5):
+        if not (0 < self.sigma < math.inf and self.n0 >= 1 and self.n >= 1 and 0 < self.alpha < 0.5):
             raise ValueError(
                 "smoothing needs sigma > 0, n0 >= 1, n >= 1 and 0 < alpha < 1/2, "
                 f"got sigma={self.sigma}, n0={self.n0}, n={self.n}, alpha={self.alpha}"

@@ -30,6 +30,10 @@ class IBPTraining:
     eps: Fraction = Fraction(8, 255)
     kappa: float = 0.5
 
+    def __post_init__(self) -> None:
+        if self.eps < 0 or not 0 <= self.kappa <= 1:
+            raise ValueError(f"IBP training needs eps >= 0 and kappa between 0 and 1, got {self.eps} and {self.kappa}")
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
         eps = float(self.eps) * progress.ramp
         kappa = 1 - (1 - self.kappa) * progress.ramp

@@ -51,13 +51,18 @@ class PGDTraining:
     step_size: Fraction | None = None
     warmup: bool = False
 
+    def __post_init__(self) -> None:
+        self._attack(Fraction(1))
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
         share = Fraction(progress.ramp) if self.warmup else Fraction(1)
-        step_size = None if self.step_size is None else self.step_size * share
-        attack = PGD(norm=self.norm, eps=self.eps * share, steps=self.steps, step_size=step_size, seed=None, last=True)
         with evaluating(model):
-            x_adv = attack(model, x, y)
+            x_adv = self._attack(share)(model, x, y)
         return F.cross_entropy(model(x_adv), y)
+
+    def _attack(self, share: Fraction) -> PGD:
+        step_size = None if self.step_size is None else self.step_size * share
+        return PGD(norm=self.norm, eps=self.eps * share, steps=self.steps, step_size=step_size, seed=None, last=True)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ class Trades:
     steps: int = 10
     step_size: Fraction | None = None
     beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        lp.check_ball(self.norm, self.eps)
+        if self.steps < 1 or self.beta < 0:
+            raise ValueError(f"TRADES needs steps >= 1 and beta >= 0, got {self.steps} and {self.beta}")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
         with evaluating(model):

@@ -23,6 +23,10 @@ class StabilityTraining:
     beta: float = 6.0
     clip: bool = False
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.sigma < float("inf") and self.beta >= 0):
+            raise ValueError(f"stability training needs sigma >= 0 and beta >= 0, got {self.sigma} and {self.beta}")
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
         noisy = x + self.sigma * torch.randn_like(x)
         if self.clip:

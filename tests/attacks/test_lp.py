@@ -177,3 +177,15 @@ def test_unknown_norms_and_inexact_radii_are_refused() -> None:
         lp.check_ball("linf", 0.031)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="-1/2"):
         lp.check_ball("linf", Fraction(-1, 2))
+
+
+@pytest.mark.parametrize("norm", lp.NORMS)
+@pytest.mark.parametrize("eps", [Fraction(0), Fraction(1, 10), Fraction(8, 255), Fraction(3)])
+def test_a_ball_projects_as_project_does(norm: str, eps: Fraction) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, rows = torch.rand(7, 1, 4, 4, generator=generator), torch.tensor([5, 0, 3])
+    x[0] = 0.0
+    x[3] = 1.0
+    x_adv = x[rows] + torch.randn(3, 1, 4, 4, generator=generator) / 5
+    x_adv[0, 0, 0, 0] = torch.nan
+    assert torch.equal(lp.Ball(x, norm, eps).project(x_adv, rows), lp.project(x_adv, x[rows], norm, eps))

@@ -324,7 +324,7 @@ def words(**changes: Any) -> str:
         words(shape=5), words(shape=None), words(shape=[1, 16]), words(shape=["a", 16, 16]), words(shape=[1, 16.5, 16.5]),
         words(shape=[-1, 16, 16]), words(shape=[0, 16, 16]), words(shape=[1, 10**7, 10**7]),
         words(classes="ten"), words(classes=-1), words(classes=10**11), words(classes=2.5),
-        words(arch="resnet"), words(arch=["cnn_small"]), words(arch=None),
+        words(arch="resnet"), words(arch=["cnn_small"]), words(arch=None), words(arch="mlp", shape=[4096, 4096, 4096]),
         words(mean=[0.1, 0.2]), words(std=[0.0]), words(mean=["x"]), words(mean=3), words(mean="0.5"),
     ],
 )  # fmt: skip

@@ -266,17 +266,26 @@ def test_an_attack_that_moves_the_image_it_was_given_gains_nothing() -> None:
     assert out.rows["distance:proposes"].item() <= 0.1
 
 
-def test_a_witness_counts_only_if_it_is_misclassified_in_float64() -> None:
-    """At 0.5 + 1e-9 float32 sees a tie, which argmax gives to class 0; the float64 network sees class 1 of label 1."""
-    model = one_pixel()
+def forgetful() -> nn.Module:
+    """In float64 class 0 where the pixel is above 1/4; in float32 the pixel drowns in 1e8 and the class is always 1."""
+    first, second = nn.Linear(1, 1), nn.Linear(1, 2)
     with torch.no_grad():
-        model[1].bias.copy_(torch.tensor([-0.5, 0.5 + 1e-8]))
-    x = images(0.45)
-    at_half = Proposes(lambda x: torch.full_like(x, 0.5))
-    assert int(predict(model, images(0.5))) in (0, 1)
-    out = judged(model, x, [1], [at_half])
-    double = model.double()
-    assert out.rows["survived:proposes"].tolist() == [int(double(images(0.5).double()).argmax()) == 1]
+        first.weight.fill_(1.0)
+        first.bias.fill_(1e8)
+        second.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        second.bias.copy_(torch.tensor([-1e8, 0.25]))
+    return nn.Sequential(nn.Flatten(), first, second).eval()
+
+
+def test_a_witness_counts_by_what_the_network_says_in_float64() -> None:
+    idle = Proposes(lambda x: x)
+    assert predict(forgetful(), images(0.9, 0.1)).tolist() == [1, 1]
+    out = judged(forgetful(), images(0.9, 0.1), [1, 1], [idle], [Claims(radius=0.0, status="open")])
+    assert out.rows["survived:proposes"].tolist() == [False, True]
+    assert verdicts(out) == ["broken", "open"]  # and where nothing was claimed, nothing is contradicted
+    with pytest.raises(ContradictionError) as caught:
+        judged(forgetful(), images(0.9), [1], [idle], [Claims()])
+    assert caught.value.facts["distance"] == 0
 
 
 @dataclass(frozen=True)

@@ -112,10 +112,11 @@ def test_two_phases_of_one_run_see_the_data_in_different_orders(net_of: Net, tra
 
 
 def test_a_derived_seed_is_63_bits_of_a_sha256_and_differs_by_purpose() -> None:
-    digest = hashlib.sha256(b"3/pretrain/noise").digest()
+    digest = hashlib.sha256(b"(3, 'pretrain', 'noise')").digest()
     assert derived_seed(3, "pretrain", "noise") == int.from_bytes(digest[:8], "big") // 2
     purposes = [(s, phase, use) for s in range(5) for phase in ("pretrain", "prune") for use in ("noise", "order")]
     purposes += [(s, "surgery", number) for s in range(5) for number in range(4)]
+    purposes += [("a/b",), ("a", "b"), ("ab",)]
     seeds = [derived_seed(*purpose) for purpose in purposes]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -14,7 +14,7 @@ from tests.verifiers.small_nets import RULE_NETS, Forward, exact, images, labels
 from verifiers import IBP, Crown, CrownIBP, UnsupportedNetworkError
 from verifiers.ball import Ellipsoid, Interval, region
 from verifiers.bounds import INTERVAL_RULES, ibp_margins, smallest_margin
-from verifiers.graph import output_of, trace, walk
+from verifiers.graph import walk
 from verifiers.rounding import ERROR_RULES, SAFETY, UNIT, Tracked, allowance, settle
 
 TINY_EPS = Fraction(1, 10**12)
@@ -23,8 +23,7 @@ VERIFIERS = [IBP, CrownIBP, Crown]
 
 def tracked(net: nn.Module, ball: Interval | Ellipsoid) -> Tracked:
     size = torch.maximum(ball.lower.abs(), ball.upper.abs())
-    values = walk(net, Tracked(ball, size, size.flatten(1).amax(1)), ERROR_RULES)
-    return values[output_of(trace(net))]
+    return walk(net, Tracked(ball, size, size.flatten(1).amax(1)), ERROR_RULES)
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", Fraction(1, 20)), ("l2", Fraction(1, 2))])
@@ -33,7 +32,7 @@ def test_the_running_error_bound_holds_for_every_rule(name: str, norm: str, eps:
     """Bounds over the very same float32 region, propagated in float32 and in float64, differ by no more."""
     net, ball = randomised(RULE_NETS[name](), gain=20.0), region(images(4), norm, eps)
     wide = type(ball)(*(part.double() for part in ball))
-    single, double = (walk(n, b, INTERVAL_RULES)[output_of(trace(n))] for n, b in ((net, ball), (exact(net), wide)))
+    single, double = (walk(n, b, INTERVAL_RULES) for n, b in ((net, ball), (exact(net), wide)))
     error = UNIT[torch.float32] * tracked(net, ball).error.double()
     for low, reference in zip(single, double, strict=True):
         difference = (low.double() - reference).abs()
@@ -136,7 +135,7 @@ def two_levels(seed: int, target: float) -> nn.Module:
 def test_an_error_that_a_later_layer_magnifies_is_seen_where_the_largest_sum_alone_misses_it(verifier: type) -> None:
     net, truth = misjudged(two_levels, -0.03)
     hidden, w, bias = net[1].bias, net[3].weight[0], net[3].bias[0]
-    largest = max(float((w.abs() @ hidden) + bias.abs()), float32_margin(net))
+    largest = max(float(((w.abs() @ hidden) + bias.abs()).detach()), float32_margin(net))
     assert float32_margin(net) > 1e-4 * largest, "1e-4 S alone would certify"
     assert truth <= 0
     assert not certified(net, BLACK, verifier)
@@ -243,7 +242,7 @@ def test_settle_recomputes_exactly_the_undecided_margins() -> None:
     assert asked == [[1, 2, 3, 5, 6]]
     assert settled.proved.tolist() == [True, True, False, False, False, True, False]
     assert settled.margin[:5].tolist() == [2.0, 0.2, 0.001, -0.3, -2.0]
-    assert settled.rechecked == 5
+    assert int(torch.as_tensor(settled.rechecked).sum()) == 5
 
 
 def test_a_margin_equal_to_its_allowance_does_not_count() -> None:

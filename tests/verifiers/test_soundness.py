@@ -18,7 +18,7 @@ from verifiers.bounds import ibp_logits
 from verifiers.normalise import Normalize
 from verifiers.rounding import allowance
 
-SHAPE = (2, 5, 5)
+SHAPE = (2, 6, 6)
 
 
 def residual(channels: int) -> nn.Module:
@@ -52,7 +52,7 @@ def networks(draw: st.DrawFn) -> nn.Module:
         layers += [MIDDLE[draw(st.sampled_from(sorted(MIDDLE)))](channels) for _ in range(draw(st.integers(0, 2)))]
         layers.append(nn.Flatten())
     else:
-        layers += [nn.Flatten(), nn.Linear(50, 8), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(72, 8), nn.ReLU()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         width = nn.Sequential(*layers).eval()(torch.zeros(2, *SHAPE)).shape[1]
@@ -121,7 +121,7 @@ def test_no_point_contradicts_bounds_of_many_networks(net: nn.Module, ball: tupl
 
 def test_the_networks_above_include_certified_and_open_ones() -> None:
     """A property that never certifies proves nothing: on this grid both answers occur for every verifier."""
-    net = randomised(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(75, 3)), seed=2)
+    net = randomised(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)), seed=2)
     x = images(6, SHAPE)
     y = labels(net, x)
     for verifier in (IBP, CrownIBP, Crown):
@@ -131,6 +131,6 @@ def test_the_networks_above_include_certified_and_open_ones() -> None:
 
 @pytest.mark.parametrize("verifier", [IBP, CrownIBP, Crown])
 def test_an_empty_batch_has_an_empty_answer(verifier: type) -> None:
-    net = randomised(nn.Sequential(nn.Flatten(), nn.Linear(50, 3)))
+    net = randomised(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
     proof = verifier(eps=Fraction(1, 10))(net, images(0, SHAPE), torch.zeros(0, dtype=torch.int64))
     assert (proof.status, proof.margin.shape, proof.radius.shape) == ((), (0,), (0,))
