@@ -16,7 +16,7 @@ from bench import phases
 from bench.data import Split
 from bench.errors import UserError
 from bench.methods import HYDRA, LWM, METHODS, Dense, RandomPruning
-from bench.objectives import Benign, StabilityTraining
+from bench.objectives import Benign, IBPTraining, StabilityTraining
 from bench.phases import fit, phase_key
 from bench.sparsity import mask_layers, prunable
 from bench.train import Phase, Step, Training
@@ -120,7 +120,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "optimizer": {"optimizer": "adam"},
     "momentum": {"momentum": 0.5},
     "weight decay": {"weight_decay": 0.01},
-    "ramp": {"ramp": 0.2},
+    "ramp": {"ramp": 0.2, "objective": IBPTraining()},
 }
 
 

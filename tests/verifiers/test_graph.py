@@ -115,3 +115,25 @@ def test_a_hook_that_changes_an_output_is_refused_or_seen() -> None:
     net = nn.Sequential(nn.Flatten(), linear([[1], [-1]], [-0.5, 0.5]))
     net[1].register_forward_hook(lambda layer, inputs, output: 0.1 * output + torch.tensor([0.0, 0.07]))
     sound_or_refused(net, x=torch.full((1, 1, 1, 1), 0.9))
+
+
+def test_a_flag_flipped_after_the_first_trace_is_seen() -> None:
+    """The layers and modes stay the same, so only the network's own output tells that its graph is another one."""
+
+    def function(s: Any, x: Tensor) -> Tensor:
+        h = s.head(x)
+        return s.swap(h) if s.flag else h
+
+    head = nn.Sequential(nn.Flatten(), linear([[1], [-1]], [-0.5, 0.5]))
+    net = Forward(function, head=head, swap=linear([[0.1, 0], [0, 1]], [0, 0.3]))
+    x = torch.full((1, 1, 1, 1), 0.9)
+    net.flag = False
+    assert IBP(eps=EPS)(net, x, torch.tensor([0])).status == ("proved",)
+    net.flag = True
+    sound_or_refused(net, x=x)
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused_or_seen() -> None:
+    net = nn.Sequential(nn.Flatten(), linear([[1], [-1]], [-0.5, 0.5]))
+    net[1].forward = lambda x: 0.1 * F.linear(x, net[1].weight, net[1].bias) + torch.tensor([0.0, 0.07])
+    sound_or_refused(net, x=torch.full((1, 1, 1, 1), 0.9))
