@@ -9,14 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ball import region
-from .bounds import ibp_margins, smallest_margin
-from .proof import Proof, fixed_radius_proof
+from .ball import Interval, region
+from .bounds import ibp_logits, ibp_margins, smallest_margin
+from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof
 from .rounding import Settled, allowance, full_precision, in_float64, settle
 
 
 def ibp_settled(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: Fraction) -> Settled:
     """IBP margins and which of them prove robustness, near-zero ones decided in float64."""
+    _require_same_function(model, x[:4])
 
     def margins(net: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         ball = region(pixels, norm, eps)
@@ -24,6 +25,17 @@ def ibp_settled(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: Fraction
 
     margin, allowed = margins(model, x, y)
     return settle(margin, allowed, lambda at: margins(in_float64(model), x[at].double(), y[at]))
+
+
+def _require_same_function(model: nn.Module, x: Tensor) -> None:
+    """The traced graph must compute what the network computes: a flag may have flipped, a forward been replaced."""
+    if len(x) == 0:
+        return
+    point = Interval(x, x)
+    bounds = ibp_logits(model, point)
+    off = (bounds.upper - model(x)).abs().amax(1)
+    if not bool((off <= allowance(model, point)).all()):
+        raise UnsupportedNetworkError("the network's forward computes something else than its traced graph; build it anew")
 
 
 @dataclass(frozen=True)

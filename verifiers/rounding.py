@@ -16,10 +16,12 @@ from .ball import Interval, Region
 from .bounds import INTERVAL_RULES, batchnorm_scale, conv
 from .graph import layer_type, walk
 from .normalise import Normalize
+from .proof import UnsupportedNetworkError
 
 SHARE = {torch.float32: 1e-4, torch.float64: 1e-9}
 UNIT = {dtype: torch.finfo(dtype).eps for dtype in SHARE}
 SAFETY = 4.0
+AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh, nn.ReLU)  # no two values move apart: the error stays what it was
 
 
@@ -76,16 +78,17 @@ def _other_layer(kind: type[nn.Module]) -> Callable[..., Tracked]:
     def rule(layer: nn.Module, x: Tracked) -> Tracked:
         bounds = INTERVAL_RULES[kind](layer, x.bounds)
         error = x.error if kind in ELEMENTWISE else layer(x.error)
-        return _fresh(bounds, error, x.largest, layer(x.size), _window(layer, x.size))
+        terms = _window(layer, x.size) if kind in AVERAGES else 2
+        return _fresh(bounds, error, x.largest, layer(x.size), terms)
 
     return rule
 
 
 def _window(layer: Any, x: Tensor) -> int:
-    """No more values than this are summed for one output of a layer that may be an average."""
+    """No more values than this are summed for one output of an average."""
     kernel = getattr(layer, "kernel_size", None)
     if kernel is None:
-        return 2 + (x.shape[2] * x.shape[3] if x.dim() == 4 else 0)
+        return 2 + x.shape[2] * x.shape[3]
     return 2 + (kernel * kernel if isinstance(kernel, int) else kernel[0] * kernel[1])
 
 
@@ -102,7 +105,7 @@ def _call(kind: Any) -> Callable[..., Tracked]:
     def rule(x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
         bounds = INTERVAL_RULES[kind](x.bounds, *args, **kwargs)
         size, error = through(x.size, *args, **kwargs), through(x.error, *args, **kwargs)
-        return _fresh(bounds, error, x.largest, size, _window(None, x.size))
+        return _fresh(bounds, error, x.largest, size, _window(None, x.size) if kind in AVERAGES else 2)
 
     return rule
 
@@ -148,7 +151,12 @@ def allowance(model: nn.Module, x: Region) -> Tensor:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """No autocast, no TF32, no reduced matrix products inside: float32 means float32, as the allowance assumes."""
-    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError as reason:  # torch refuses its old switches once a new one (fp32_precision) was set
+        raise UnsupportedNetworkError(
+            "torch.backends...fp32_precision was set in this process, so float32 may not be float32; set it after certifying"
+        ) from reason
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     try:
