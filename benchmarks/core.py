@@ -26,9 +26,8 @@ from bench.objectives import PGDTraining
 from bench.sparsity import TopKScores, attach, kept_of, prunable
 from bench.train import Progress
 from verifiers.ball import region
-from verifiers.bounds import ibp_margins
+from verifiers.bounds import difference_rows, ibp_margins
 from verifiers.interval import IBP
-from verifiers.lirpa import difference_rows
 from verifiers.lirpa_compat import BoundedModule, BoundedTensor, PerturbationLpNorm
 
 EPS = Fraction(2, 255)

@@ -23,7 +23,8 @@ FLOORS = """
 errors sparsity provenance                 :
 threat                                     : | attacks
 files                                      : errors
-readers                                    : errors files
+pickles                                    :
+readers                                    : errors files pickles
 models                                     : errors | verifiers
 data                                       : errors readers
 train                                      : data

@@ -182,3 +182,11 @@ def _merged_margins(layer: Any, x: Region, y: Tensor) -> Tensor:
 def smallest_margin(margins: Tensor, y: Tensor) -> Tensor:
     """min over j != y of margins [N, C]: [N]."""
     return margins.scatter(1, y[:, None], torch.inf).amin(1)
+
+
+def difference_rows(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Rows f_y - f_j for every j != y: [N, C - 1, C]."""
+    eye = torch.eye(classes, device=y.device, dtype=dtype)
+    rows = eye[y].unsqueeze(1) - eye.unsqueeze(0)
+    keep = torch.arange(classes, device=y.device) != y.unsqueeze(1)
+    return rows[keep].view(len(y), classes - 1, classes)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bounds import difference_rows
 from .lowering import Lowered
 from .proof import UnsupportedNetworkError
 
@@ -40,7 +41,6 @@ def selfcheck(lowered: Lowered, bounded: Any, x: Tensor, y: Tensor, norm: str, e
     Checked: equal forward values; at radius 0 the bounds are the margins; at eps/20, eps/4 and eps no steepest point of the
     ball has a margin below the lower bound. x: [N, C, H, W] pixels.
     """
-    from .lirpa import difference_rows
     from .lirpa_compat import BoundedTensor, PerturbationLpNorm
 
     z, network = lowered.move(x), lowered.network

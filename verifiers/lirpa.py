@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .ball import float_above, region
+from .bounds import difference_rows
 from .guard import selfcheck
 from .interval import ibp_settled
 from .lowering import Lowered, lower
@@ -31,14 +32,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def difference_rows(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """Rows f_y - f_j for every j != y: [N, C - 1, C]."""
-    eye = torch.eye(classes, device=y.device, dtype=dtype)
-    rows = eye[y].unsqueeze(1) - eye.unsqueeze(0)
-    keep = torch.arange(classes, device=y.device) != y.unsqueeze(1)
-    return rows[keep].view(len(y), classes - 1, classes)
 
 
 class Relaxation:

@@ -17,8 +17,8 @@ from bench.models import MODELS, build_model
 from tests.verifiers.small_nets import RULE_NETS, exact, images, labels, linear, lowest_reached, margins_at, randomised
 from verifiers import IBP, Crown, CrownIBP, UnsupportedNetworkError, lirpa_compat
 from verifiers.ball import region
-from verifiers.bounds import ibp_margins
-from verifiers.lirpa import Relaxation, default_dtype, difference_rows
+from verifiers.bounds import difference_rows, ibp_margins
+from verifiers.lirpa import Relaxation, default_dtype
 from verifiers.lowering import lower
 from verifiers.rounding import allowance
 
