@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .ball import Interval, region
 from .bounds import ibp_logits, ibp_margins, smallest_margin
 from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof
-from .rounding import Settled, allowance, full_precision, in_float64, settle
+from .rounding import Settled, allowance, allowance_for, full_precision, in_float64, settle
 
 
 def ibp_settled(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: Fraction) -> Settled:
@@ -21,7 +21,8 @@ def ibp_settled(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: Fraction
 
     def margins(net: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         ball = region(pixels, norm, eps)
-        return smallest_margin(ibp_margins(net, ball, labels), labels), allowance(net, ball)
+        margin = smallest_margin(ibp_margins(net, ball, labels), labels)
+        return margin, allowance_for(net, ball, margin)
 
     margin, allowed = margins(model, x, y)
     return settle(margin, allowed, lambda at: margins(in_float64(model), x[at].double(), y[at]))

@@ -148,6 +148,23 @@ def allowance(model: nn.Module, x: Region) -> Tensor:
     return torch.maximum(SHARE[dtype] * output.largest, SAFETY * UNIT[dtype] * _per_sample(output.error))
 
 
+@torch.no_grad()
+def allowance_for(model: nn.Module, x: Region, margin: Tensor) -> Tensor:
+    """A valid allowance [N] for each margin: the one of the box around all samples where that decides, else the sample's own.
+
+    The box around all holds every sample's region, so its allowance is at least each sample's, at the price of one.
+    """
+    if len(margin) == 0:
+        return torch.zeros_like(margin)
+    around = allowance(model, Interval(x.lower.amin(0, keepdim=True), x.upper.amax(0, keepdim=True)))
+    allowed = around.expand(len(margin)).clone()
+    close = (~(margin.abs() > around)).nonzero().flatten()
+    if len(close):
+        parts = [part[close] if len(part) == len(margin) else part for part in x]
+        allowed[close] = allowance(model, type(x)(*parts)).to(allowed.dtype)
+    return allowed
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """No autocast, no TF32, no reduced matrix products inside: float32 means float32, as the allowance assumes."""

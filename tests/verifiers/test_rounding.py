@@ -15,7 +15,7 @@ from verifiers import IBP, Crown, CrownIBP, UnsupportedNetworkError
 from verifiers.ball import Ellipsoid, Interval, region
 from verifiers.bounds import INTERVAL_RULES, ibp_margins, smallest_margin
 from verifiers.graph import walk
-from verifiers.rounding import ERROR_RULES, SAFETY, UNIT, Tracked, allowance, settle
+from verifiers.rounding import ERROR_RULES, SAFETY, UNIT, Tracked, allowance, allowance_for, settle
 
 TINY_EPS = Fraction(1, 10**12)
 VERIFIERS = [IBP, CrownIBP, Crown]
@@ -257,3 +257,16 @@ def test_the_allowance_is_at_least_a_share_of_the_largest_sum(dtype: torch.dtype
     ball = region(torch.ones(1, 1, 1, 1, dtype=dtype), "linf", Fraction(1, 100))
     assert allowance(net, ball).item() == pytest.approx(share * 400, rel=1e-6)
     assert 0 < SAFETY * UNIT[dtype] * tracked(net, ball).error.max() < share * 400
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", Fraction(1, 20)), ("l2", Fraction(1, 2))])
+@pytest.mark.parametrize("name", RULE_NETS)
+def test_the_allowance_of_a_batch_is_never_below_a_samples_own_and_equal_where_it_matters(
+    name: str, norm: str, eps: Fraction
+) -> None:
+    net, ball = randomised(RULE_NETS[name]()), region(images(5), norm, eps)
+    own = allowance(net, ball)
+    margin = torch.tensor([1e9, -1e9, 0.0, torch.nan, float(own[4])])
+    found = allowance_for(net, ball, margin)
+    assert (found >= own * (1 - 1e-5)).all(), "kernels may round another batch size differently"
+    torch.testing.assert_close(found[2:], own[2:])
