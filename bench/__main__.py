@@ -138,7 +138,9 @@ def certify(
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     eps: Annotated[str, typer.Option(help="Radius in [0,1] pixel units, such as 8/255 or 0.1.")] = "0.1",
     verifier: Annotated[Optional[list[str]], typer.Option(help="May be repeated; default: ibp and crown.")] = None,  # noqa: UP045
-    attack: Annotated[Optional[list[str]], typer.Option(help="May be repeated; default: pgd.")] = None,  # noqa: UP045
+    attack: Annotated[
+        Optional[list[str]], typer.Option(help="May be repeated; default: pgd, none where only smoothing is asked.")  # noqa: UP045
+    ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Only the first LIMIT test images.")] = None,  # noqa: UP045
     sigma: Annotated[float, typer.Option(help="Smoothing: noise level.")] = 0.25,
     n0: Annotated[int, typer.Option(help="Smoothing: draws that choose the class.")] = 100,
@@ -147,30 +149,50 @@ def certify(
     seed: Annotated[int, typer.Option(help="Smoothing: seed of the noise.")] = 0,
     mean: Annotated[Optional[list[float]], typer.Option(help="Normalisation inside the network, one per channel.")] = None,  # noqa: UP045
     std: Annotated[Optional[list[float]], typer.Option(help="Normalisation inside the network, one per channel.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(help="Images judged, and kept with --out, at a time.")] = 250,
+    total_time_limit: Annotated[
+        Optional[float], typer.Option(help="Seconds; images not reached have the verdict timeout.")  # noqa: UP045
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder for answer.json and rows.csv; a killed run goes on from there.")  # noqa: UP045
+    ] = None,
     device: Device = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; more than 1 pays for large networks on an idle machine.")] = 1,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Certify one checkpoint: measured density, clean, attacked and certified accuracy, and a verdict per test image."""
+    import torch
+
     from .build import fraction
     from .certify import Question
     from .certify import certify as ask
     from .evaluate import ContradictionError
+    from .files import make_folder
     from .run import pick_device
+    from .screen import Judging
 
     if norm not in ("linf", "l2"):
         raise UserError(f"--norm must be linf or l2, got {norm!r}")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, got {limit}")
+    radius = fraction(eps, "--eps")
+    if radius == 0:
+        raise UserError("--eps must be positive: a ball of radius 0 proves nothing")
+    for name, number in (("--limit", limit), ("--batch-size", batch_size), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} must be at least 1, got {number}")
+    if total_time_limit is not None and not total_time_limit > 0:
+        raise UserError(f"--total-time-limit must be a positive number of seconds, got {total_time_limit}")
+    asked = tuple(verifier or ("ibp", "crown"))
+    attacks = tuple(attack) if attack else () if set(asked) == {"smoothing"} else ("pgd",)
     smoothing = (("sigma", sigma), ("n0", n0), ("n", n), ("alpha", alpha), ("seed", seed))
+    torch.set_num_threads(threads)
     question = Question(
-        checkpoint, norm, fraction(eps, "--eps"), tuple(verifier or ("ibp", "crown")), tuple(attack or ("pgd",)), arch, data,
-        data_dir, limit, tuple(mean or ()), tuple(std or ()), smoothing,
+        checkpoint, norm, radius, asked, attacks, arch, data,
+        data_dir, limit, tuple(mean or ()), tuple(std or ()), smoothing, batch_size, total_time_limit,
     )
-    console = stderr()
-    with console.status("certifying") as status:
+    with Judging(stderr()) as screen:
         try:
-            answer = ask(question, pick_device(device), lambda what: status.update(f"certifying: {what}"))
+            answer = ask(question, pick_device(device), None if out is None else make_folder(out), screen.moved)
         except ContradictionError as found:
             if as_json:
                 show({"contradiction": found.facts, "witness": found.witness.tolist()})
@@ -201,8 +223,9 @@ def print_answer(answer: dict[str, Any]) -> None:
         row(f"survive {name}", count)
     for name, count in found["certified_by"].items():
         row(f"certified by {name}", count)
-    for name in ("certified", "broken", "open", "misclassified", "timeout", "error"):
-        row(f"verdict {name}", found[name])
+    for name in ("certified", "broken", "open", "misclassified", "abstain", "timeout", "error"):
+        if found[name] or name in ("certified", "broken", "open"):
+            row(f"verdict {name}", found[name])
     console = Console()
     console.print(table)
     console.print(f"density {found['density']:.4%} of conv and linear weights, {found['seconds']['total']:.1f} s")

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .workers import Screen
 
@@ -97,6 +97,29 @@ class LiveScreen(Screen):
     def _line(self, text: str) -> None:
         if not self.console.is_terminal:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Judging:
+    """Samples judged so far, with the verdicts, on a terminal; nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.bar = Progress(
+            TextColumn("[bold]{task.completed}/{task.total} images"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[verdicts]}"), console=console, transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=None, verdicts="reading")
+
+    def __enter__(self) -> Judging:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def moved(self, done: int, total: int, verdicts: dict[str, int]) -> None:
+        words = "  ".join(f"{name} {count}" for name, count in verdicts.items() if count)
+        self.bar.update(self.task, completed=done, total=total, verdicts=words)
 
 
 def short(cell: str) -> str:

@@ -1,0 +1,123 @@
+"""Certifying one checkpoint: the contract for machines, limits, and a kill that loses nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench.certify
+from bench.__main__ import main
+from bench.checkpoints import Card, save_checkpoint
+from bench.data import load
+from bench.models import build_model
+from verifiers.smoothing import certified_radius
+
+VERDICTS = {"misclassified", "broken", "certified", "open", "abstain", "timeout", "error"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A briefly trained mlp on digits with half of its weights pruned away."""
+    data, model = load("digits"), build_model("mlp", (1, 8, 8), 10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    x, y = data.train.pixels(), data.train.labels
+    for _ in range(40):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for layer in (model.fc1, model.fc2, model.fc3):
+            layer.weight[layer.weight.abs() < layer.weight.abs().median()] = 0
+    path = tmp_path_factory.mktemp("net") / "net.safetensors"
+    save_checkpoint(path, model.state_dict(), Card("mlp", (1, 8, 8), 10, "digits"))
+    return path
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert main(["certify", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_contract_for_machines(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--eps", "1/100", "--verifier", "ibp", "--verifier", "crown", "--attack", "pgd", "--limit", 60)
+    found = answer(capsys, trained, *words)
+    summary, rows = found["summary"], found["rows"]
+    assert len(rows) == summary["n"] == 60
+    assert {row["verdict"] for row in rows} <= VERDICTS
+    assert [row["index"] for row in rows] == load("digits").test.index[:60].tolist()
+    for verdict in VERDICTS:
+        assert summary[verdict] == sum(row["verdict"] == verdict for row in rows)
+    assert summary["certified"] > 0
+    assert summary["clean"] == sum(row["predicted"] == row["label"] for row in rows)
+    assert 0.49 < summary["density"] < 0.51
+    for row in rows:
+        assert row["margin"] == max((row[v]["margin"] for v in ("ibp", "crown") if row[v]["margin"] is not None), default=None)
+        assert (row["verdict"] == "certified") == (row["radius"] == 0.01)
+        assert row["verdict"] != "certified" or (row["by"] in ("ibp", "crown") and row["margin"] > 0)
+        assert row["verdict"] != "broken" or row["by"] == "pgd"
+
+
+def test_one_verifier_puts_its_facts_into_the_row_itself(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--norm", "l2", "--eps", "0.1", "--verifier", "smoothing", "--n", 300, "--n0", 50, "--limit", 8)
+    found = answer(capsys, trained, *words)
+    assert found["attacks"] == []
+    for row in found["rows"]:
+        assert (row["n0"], row["n"], row["alpha"], row["sigma"]) == (50, 300, 0.001, 0.25)
+        radius = float(certified_radius([row["hits"]], 300, 0.25, 0.001)[0])
+        assert row["radius"] == (radius if row["predicted"] == row["label"] else 0.0)
+        assert (row["verdict"] == "certified") == (row["radius"] >= 0.1)
+        assert (row["verdict"] == "abstain") == (row["predicted"] == -1)
+    assert found["summary"]["average_certified_radius"] == pytest.approx(sum(r["radius"] for r in found["rows"]) / 8)
+
+
+def test_verdicts_do_not_depend_on_the_batch_size(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Float kernels may round another batch size differently, so margins agree to rounding and verdicts exactly."""
+    words = (trained, "--eps", "1/100", "--limit", 40)
+    one, other = answer(capsys, *words), answer(capsys, *words, "--batch-size", 7)
+    for a, b in zip(one["rows"], other["rows"], strict=True):
+        assert (a["verdict"], a["by"], a["radius"]) == (b["verdict"], b["by"], b["radius"])
+        assert a["margin"] == pytest.approx(b["margin"], rel=1e-4, abs=1e-5)
+
+
+def test_what_was_judged_before_a_kill_is_not_judged_again(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["certify", str(trained), "--eps", "1/100", "--limit", "40", "--batch-size", "10", "--json"]
+    judged: list[int] = []
+    real = bench.certify.evaluate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        judged.append(int(args[3][0]))
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(bench.certify, "evaluate", watched)
+    assert main([*words, "--out", str(tmp_path)]) == 130
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert len(judged) == 2 + 1 + 2
+    monkeypatch.setattr(bench.certify, "evaluate", real)
+    capsys.readouterr()
+    whole = answer(capsys, *words[1:-1])
+    resumed = json.loads((tmp_path / "answer.json").read_text())
+    assert [{**row, "seconds": 0} for row in resumed["rows"]] == [{**row, "seconds": 0} for row in whole["rows"]]
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 41
+
+
+def test_another_question_never_takes_the_kept_answers(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = [answer(capsys, trained, "--eps", eps, "--limit", 20, "--out", tmp_path) for eps in ("1/100", "1/10")]
+    fresh = [answer(capsys, trained, "--eps", eps, "--limit", 20) for eps in ("1/100", "1/10")]
+    assert [[row["verdict"] for row in one["rows"]] for one in kept] == [[row["verdict"] for row in one["rows"]] for one in fresh]
+    assert kept[0]["summary"]["certified"] > kept[1]["summary"]["certified"]
+
+
+def test_images_that_the_time_limit_does_not_reach_are_timeouts_not_answers(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = answer(capsys, trained, "--eps", "1/100", "--batch-size", 10, "--total-time-limit", 1e-9, "--limit", 30)
+    assert found["summary"]["timeout"] == 30
+    assert all((row["verdict"], row["radius"], row["margin"]) == ("timeout", 0.0, None) for row in found["rows"])
