@@ -65,7 +65,7 @@ def run(
     """
     from .cells import read_suite
     from .run import pick_device
-    from .suite import run_suite
+    from .suite import check_ready, run_suite
     from .workers import Job
 
     console, methods = stderr(), tuple(method or ())
@@ -74,6 +74,7 @@ def run(
     count = workers if workers is not None else 1 if place.type == "cuda" else (os.cpu_count() or 1)
     if count < 1:
         raise UserError(f"--workers must be at least 1, got {count}")
+    check_ready(chosen, data_dir)
     job = Job(suite, methods, str(out / chosen.title), place.type, data_dir)
     finished = run_suite(chosen, job, count, console)
     pages = draw(finished.root, as_json)
@@ -83,8 +84,6 @@ def run(
     }
     if as_json:
         show(report)
-    for name, sentence in {**finished.outcome.failed, **finished.outcome.contradicted}.items():
-        console.print(f"{name}: {sentence}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(finished.exit_code)
 
 
@@ -119,6 +118,11 @@ def board(
     if not (root / "records").is_dir():
         known = [path.parent.name for path in out.glob("*/records")] if out.is_dir() else []
         raise unknown("board", suite, known) if known else UserError(f"there are no records under {root}; run the suite first")
+    if contradicted := sorted((root / "contradictions").glob("*.json")):
+        print(f"contradicted certificates, without a record: {', '.join(path.stem for path in contradicted)}", file=sys.stderr)
+        raise typer.Exit(3)
+    if not any((root / "records").glob("*.json")):
+        raise UserError(f"there are no records in {root / 'records'}; see {root / 'failures'} for cells that failed")
     problems = {name: found for name, found in check_all(root).items() if found}
     for name, found in problems.items():
         for sentence in found:
@@ -149,6 +153,17 @@ def certify(
     seed: Annotated[int, typer.Option(help="Smoothing: seed of the noise.")] = 0,
     mean: Annotated[Optional[list[float]], typer.Option(help="Normalisation inside the network, one per channel.")] = None,  # noqa: UP045
     std: Annotated[Optional[list[float]], typer.Option(help="Normalisation inside the network, one per channel.")] = None,  # noqa: UP045
+    rule: Annotated[
+        str, typer.Option(help="Smoothing: fixed takes all n draws; sequential stops once the question at eps is settled.")
+    ] = "fixed",
+    grid: Annotated[
+        Optional[str], typer.Option(help="Smoothing, sequential: further radii, like 0.25,0.5; one alpha covers all.")  # noqa: UP045
+    ] = None,
+    curtail: Annotated[bool, typer.Option(help="Smoothing, fixed: stop when the answer at eps cannot change any more.")] = False,
+    nodes: Annotated[int, typer.Option(help="exact: subproblems per image.")] = 2000,
+    time_limit: Annotated[Optional[float], typer.Option(help="exact: seconds per image.")] = None,  # noqa: UP045
+    density: Annotated[Optional[str], typer.Option(help="Kept fraction, for score checkpoints that do not hold it.")] = None,  # noqa: UP045
+    claim: Annotated[Optional[str], typer.Option(help="Claimed pruned share, such as 0.99; exit code 3 if false.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(help="Images judged, and kept with --out, at a time.")] = 250,
     total_time_limit: Annotated[
         Optional[float], typer.Option(help="Seconds; images not reached have the verdict timeout.")  # noqa: UP045
@@ -184,11 +199,16 @@ def certify(
         raise UserError(f"--total-time-limit must be a positive number of seconds, got {total_time_limit}")
     asked = tuple(verifier or ("ibp", "crown"))
     attacks = tuple(attack) if attack else () if set(asked) == {"smoothing"} else ("pgd",)
-    smoothing = (("sigma", sigma), ("n0", n0), ("n", n), ("alpha", alpha), ("seed", seed))
+    smoothing: tuple[tuple[str, Any], ...] = (("sigma", sigma), ("n0", n0), ("n", n), ("alpha", alpha), ("seed", seed))
+    smoothing += (("rule", rule), ("curtail", curtail))
+    smoothing += (("grid", tuple(grid.split(","))),) if grid else ()
+    exact = (("nodes", nodes), ("seconds", time_limit))
     torch.set_num_threads(threads)
     question = Question(
         checkpoint, norm, radius, asked, attacks, arch, data,
-        data_dir, limit, tuple(mean or ()), tuple(std or ()), smoothing, batch_size, total_time_limit,
+        data_dir, limit, tuple(mean or ()), tuple(std or ()), smoothing, exact,
+        None if density is None else fraction(density, "--density"), None if claim is None else fraction(claim, "--claim"),
+        batch_size, total_time_limit,
     )
     with Judging(stderr()) as screen:
         try:
@@ -202,6 +222,9 @@ def certify(
         show(answer)
     else:
         print_answer(answer)
+    if answer["claim"] and not answer["claim"]["holds"]:
+        print(f"sparsecert: {answer['claim']['sentence']}", file=sys.stderr)
+        raise typer.Exit(3)
 
 
 def print_answer(answer: dict[str, Any]) -> None:
@@ -229,7 +252,9 @@ def print_answer(answer: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(f"density {found['density']:.4%} of conv and linear weights, {found['seconds']['total']:.1f} s")
-    for sentence in [*answer["warnings"], *([answer["note"]] if answer["note"] else [])]:
+    sentences = [f"read as: {answer['layout']}", *answer["notes"], *(flag["sentence"] for flag in answer["health"])]
+    sentences += [answer["claim"]["sentence"]] if answer["claim"] else []
+    for sentence in [*sentences, *answer["warnings"], *([answer["note"]] if answer["note"] else [])]:
         console.print(f"note: {sentence}", highlight=False, markup=False)
 
 
@@ -283,6 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(args=arguments, standalone_mode=False)
         code = code if isinstance(code, int) else 0
+        if code == 130:
+            print("sparsecert: interrupted; run the same command again to go on", file=sys.stderr)
     except ClickException as mistake:
         words = mistake.format_message().replace("\n", " ")
         if words:
@@ -291,9 +318,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, LeaderboardError) as mistake:
         print(f"sparsecert: {mistake}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("sparsecert: interrupted; run the same command again to go on", file=sys.stderr)
-        code = 130
+    except OSError as reason:
+        print(f"sparsecert: {reason}", file=sys.stderr)
+        code = 2
     if arguments is None:
         sys.exit(code)
     return code

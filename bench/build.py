@@ -54,7 +54,20 @@ def build(kind: str, spec: Spec) -> Any:
     fields = {key: value for key, value in spec.items() if key != "name"}
     if kind == "attack" and ":" not in name:
         return _build_attack(name, fields)
-    return construct(find(kind, name), fields, f"{kind} {name!r}")
+    found = find(kind, name)
+    _fits_its_kind(kind, name, found)
+    return construct(found, fields, f"{kind} {name!r}")
+
+
+def _fits_its_kind(kind: str, name: str, found: type) -> None:
+    """Attacks and verifiers are handed the suite's threat, and a verifier must say what its certificates are about."""
+    if kind not in ("attack", "verifier"):
+        return
+    own = {field.name for field in dataclasses.fields(found)}
+    if not {"norm", "eps"} <= own:
+        raise UserError(f"the {kind} {name!r} needs the fields norm and eps, which the suite's threat fills in")
+    if kind == "verifier" and not hasattr(found, "deterministic"):
+        raise UserError(f"the verifier {name!r} needs a class attribute `deterministic`, True or False")
 
 
 def find(kind: str, name: str) -> type:
@@ -87,6 +100,8 @@ def _from_outside(kind: str, name: str) -> type:
     except Exception as reason:
         raise UserError(f"cannot import the {kind} {name!r}: {type(reason).__name__}: {reason}") from reason
     found = getattr(module, attribute, None)
+    if found is None and attribute:
+        raise unknown(f"class in {where}", attribute, [key for key, value in vars(module).items() if isinstance(value, type)])
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise UserError(f"{name!r} is not a dataclass; a {kind} from outside is given as file.py:Class or module:Class")
     return found

@@ -21,7 +21,6 @@ from .threat import Threat
 from .train import Budget
 
 SUITES = Path(__file__).parent / "suites"
-HEADLINES = ("robust.worst", "certified.union")
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,8 @@ def read_suite(name: str, methods: Iterable[str] = ()) -> Suite:
     Raises UserError for anything in it that does not exist or has the wrong type.
     """
     path = Path(name) if name.endswith(".toml") else shipped().get(name)
+    if path is None and Path(name).exists():
+        raise UserError(f"{name} is not a suite; suites are files that end in .toml")
     if path is None:
         raise unknown("suite", name, shipped())
     if not path.is_file():
@@ -169,12 +170,13 @@ def _grid(
     build("objective", own)
     budget = _typed({"budget": {}, **objective}, "budget", dict, f"objective {name!r}")
     asked = [one for one in verifiers if one.objectives is None or name in one.objectives]
+    made = [one for one in attacks if one.objectives is None or name in one.objectives]
     cell = Cell(
         suite=_typed(head, "name", str, where), version=_typed(head, "version", int, where), data=data, arch="",
         method={}, objective=own, density=Fraction(1), seed=0,
         budget=construct(Budget, {**base, **budget}, f"budget of objective {name!r}"), threat=threat,
-        attacks=tuple(one for one in attacks if one.objectives is None or name in one.objectives),
-        verifiers=tuple(asked), headline=_headline(objective, asked), samples=_samples(table.get("samples", {})),
+        attacks=tuple(made), verifiers=tuple(asked), headline=_headline(objective, made, asked, threat),
+        samples=_samples(table.get("samples", {})),
     )
     densities = [_density(value) for value in _list(grid, "density", where)]
     for arch, seed in itertools.product(_archs(grid, where), _seeds(grid, where)):
@@ -190,11 +192,17 @@ def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
     tool = build(kind, {"norm": threat.norm, "eps": threat.eps, **own})
     if tool.norm not in NORMS:
         raise UserError(f"{kind} {own['name']!r} has norm {tool.norm!r}; suites judge in {' and '.join(NORMS)}")
+    if kind == "verifier" and not tool.deterministic and not hasattr(tool, "sigma"):
+        raise UserError(f"{own['name']!r} as set here proves nothing about the network or a smoothed one, so it cannot be ranked")
+    if getattr(tool, "seconds", None) is not None:
+        raise UserError(f"{own['name']!r} may not be limited by seconds in a suite: records must be reproducible; limit its work")
     first, objectives = spec.get("first"), spec.get("objectives")
     if kind == "attack" and first is not None:
         raise UserError("an attack takes no `first`: images that it never saw would count as survivors; use [samples]")
     if first is not None and (not isinstance(first, int) or isinstance(first, bool) or first < 1):
         raise UserError(f"`first` of {kind} {own['name']!r} must be a positive whole number, got {first!r}")
+    if first is not None and tool.deterministic:
+        raise UserError(f"`first` is for smoothing; {own['name']!r} must judge the same images as the others: use [samples]")
     if objectives is not None and not isinstance(objectives, list):
         raise UserError(f"`objectives` of {kind} {own['name']!r} must be a list of names, got {objectives!r}")
     label = spec.get("label", _slug(str(own["name"])))
@@ -220,9 +228,14 @@ def _known_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> N
             raise unknown(f"field of {where}", key, known)
 
 
-def _headline(objective: dict[str, Any], verifiers: list[Assignment]) -> str:
-    known = [*HEADLINES, *(f"certified.{one.label}" for one in verifiers)]
-    headline = objective.get("headline", "robust.worst")
+def _headline(objective: dict[str, Any], attacks: list[Assignment], verifiers: list[Assignment], threat: Threat) -> str:
+    known = [f"certified.{one.label}" for one in verifiers] + [f"robust.{one.label}" for one in attacks]
+    known += ["robust.worst"] if attacks else []
+    known += ["certified.union"] if any(one.tool.deterministic and one.tool.norm == threat.norm for one in verifiers) else []
+    if not known:
+        raise UserError("a suite needs at least one [[attack]] or [[verifier]] that applies to each objective")
+    usual = next((one for one in ("robust.worst", "certified.union") if one in known), known[0])
+    headline = objective.get("headline", usual)
     if headline not in known:
         raise unknown(f"headline of objective {objective.get('name')!r}", str(headline), known)
     return str(headline)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,18 +20,22 @@ from leaderboard.canonical import canonical, sha256_file
 
 from .build import build, construct, plain
 from .cells import Assignment
-from .checkpoints import Card, guess_arch, load_checkpoint, network
+from .checkpoints import Card, Loaded, classes_of, guess_arch, network, read
 from .data import Dataset, Split
 from .errors import UserError
 from .evaluate import Evaluation, evaluate
 from .files import make_folder, write_json, write_whole
+from .health import Flag, flags
+from .outside import is_own, own_data, own_network
+from .passport import claim_holds, passport
 from .provenance import code_digest
 from .run import dataset
-from .sparsity import density_of, layer_counts
+from .sparsity import density_of
 from .threat import Threat
 from .train import nothing
 
 VERDICTS = ("certified", "broken", "open", "misclassified", "abstain", "timeout", "error")
+HEALTH = 64  # samples that the health flags are computed on
 Report = Callable[[int, int, dict[str, int]], None]
 
 
@@ -51,6 +55,9 @@ class Question:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     smoothing: tuple[tuple[str, Any], ...] = ()
+    exact: tuple[tuple[str, Any], ...] = ()
+    density: Fraction | None = None
+    claim: Fraction | None = None
     batch: int = 250
     total_seconds: float | None = None
 
@@ -60,7 +67,9 @@ class Case:
     """Everything that is needed to judge one batch of samples."""
 
     model: nn.Module
-    card: Card
+    arch: str
+    layout: str
+    notes: list[str]
     data: Dataset
     samples: Split
     threat: Threat
@@ -80,31 +89,57 @@ class Case:
 
 def prepare(question: Question, device: torch.device) -> Case:
     """Read the checkpoint and the data; raises UserError for anything that does not fit together."""
-    state, card = load_checkpoint(question.path)
-    name = question.data or (card.data if card else None)
-    if name is None:
-        raise UserError(f"{question.path} does not say which data set it was trained on; name it with --data")
-    data = dataset(name, question.data_dir, device)
-    card = _card(question, state, card, data)
-    model = network(state, card, question.path).to(device)
+    loaded = read(question.path, question.density)
+    data = _data(question, loaded, device)
+    arch, model = _network(question, loaded, data)
+    model = model.to(device)
     threat: Threat = construct(Threat, {"norm": question.norm, "eps": question.eps}, "the threat")
     attacks, verifiers = _tools(question, threat)
     samples = data.test if question.limit is None else data.test.first(question.limit)
     facts = [
-        sha256_file(question.path), plain(asdict(card)), plain(threat), samples.digest, code_digest(), question.batch,
-        device.type, torch.get_num_threads(), [[one.label, plain(one.tool)] for one in (*attacks, *verifiers)],
+        sha256_file(question.path), arch, str(question.density), question.mean, question.std, plain(threat),
+        samples.digest, code_digest(), question.batch, device.type, torch.get_num_threads(),
+        [[one.label, plain(one.tool)] for one in (*attacks, *verifiers)],
     ]
     fingerprint = hashlib.sha256(canonical(facts)).hexdigest()
-    return Case(model, card, data, samples, threat, attacks, verifiers, fingerprint)
+    return Case(model, arch, loaded.layout, list(loaded.notes), data, samples, threat, attacks, verifiers, fingerprint)
 
 
-def _card(question: Question, state: dict[str, Tensor], card: Card | None, data: Dataset) -> Card:
+def _data(question: Question, loaded: Loaded, device: torch.device) -> Dataset:
+    """A known set, or the images of an .npz file."""
+    card = loaded.card
+    name = question.data or (card.data if card else None)
+    if name is None:
+        raise UserError(f"{question.path} does not say which data set it was trained on; name it with --data")
+    if not name.endswith(".npz"):
+        return dataset(name, question.data_dir, device)
+    images = own_data(Path(name), card.classes if card else None)
+    if card is None and question.arch and not is_own(question.arch):
+        images = own_data(Path(name), classes_of(question.arch, loaded.state, images.shape))
+    return images.to(device)
+
+
+def _network(question: Question, loaded: Loaded, data: Dataset) -> tuple[str, nn.Module]:
+    """(its name, the plain network): of the user's own file.py:build, or the architecture that flags, file or shapes say."""
+    if question.arch and is_own(question.arch):
+        tensors, where = loaded.state, question.path
+        return question.arch, own_network(
+            question.arch, tensors, data.shape, data.classes, where, question.mean, question.std
+        )
+    card = _card(question, loaded.state, loaded.card, data)
+    return card.arch, network(loaded.state, card, question.path)
+
+
+def _card(question: Question, state: Mapping[str, Tensor], card: Card | None, data: Dataset) -> Card:
     """What network the tensors belong to: the flags, else what the file says, else the one architecture that fits."""
     arch = question.arch or (card.arch if card else guess_arch(state, data.shape, data.classes))
     if arch is None:
         raise UserError(f"{question.path} fits no known architecture on {data.name}; name its own with --arch and --data")
-    mean = question.mean or (card.mean if card else ())
-    std = question.std or (card.std if card else ())
+    mean, std = question.mean, question.std
+    if card is not None:
+        if (mean or std) and (tuple(mean), tuple(std)) != (tuple(card.mean), tuple(card.std)):
+            raise UserError(f"{question.path} says its own normalisation ({card.mean}, {card.std}); leave out --mean and --std")
+        mean, std = card.mean, card.std
     return Card(arch, data.shape, data.classes, data.name, tuple(mean), tuple(std))
 
 
@@ -113,7 +148,7 @@ def _tools(question: Question, threat: Threat) -> tuple[list[Assignment], list[A
     attacks = [Assignment(name, {"name": name}, build("attack", {"name": name, **base})) for name in question.attacks]
     verifiers = []
     for name in question.verifiers:
-        extra = dict(question.smoothing) if name == "smoothing" else {}
+        extra = dict({"smoothing": question.smoothing, "exact": question.exact}.get(name, ()))
         verifiers.append(Assignment(name, {"name": name}, build("verifier", {"name": name, **base, **extra})))
     labels = [one.label for one in (*attacks, *verifiers)]
     for label in labels:
@@ -130,6 +165,7 @@ def certify(question: Question, device: torch.device, out: Path | None = None, r
     """
     start = time.perf_counter()
     case = prepare(question, device)
+    health = flags(case.model, case.samples.first(HEALTH).pixels(), case.samples.first(HEALTH).labels)
     parts: list[pd.DataFrame] = []
     for at in torch.arange(len(case.samples)).split(question.batch):
         late = question.total_seconds is not None and time.perf_counter() - start > question.total_seconds
@@ -138,7 +174,7 @@ def certify(question: Question, device: torch.device, out: Path | None = None, r
         report(len(done), len(case.samples), {name: int((done["verdict"] == name).sum()) for name in VERDICTS})
     rows = pd.concat(parts, ignore_index=True)
     case.seconds["total"] = round(time.perf_counter() - start, 4)
-    answer = _answer(question, case, rows)
+    answer = _answer(question, case, rows, health)
     if out is not None:
         write_json(out / "answer.json", answer)
         write_whole(out / "rows.csv", lambda temporary: rows.to_csv(temporary, index=False))
@@ -195,19 +231,23 @@ def _out_of_time(case: Case, at: Tensor) -> pd.DataFrame:
         rows[f"status:{one.label}"], rows[f"radius:{one.label}"], rows[f"margin:{one.label}"] = "timeout", 0.0, math.nan
         if not one.tool.deterministic:
             rows[f"predicted:{one.label}"], rows[f"hits:{one.label}"], rows[f"n:{one.label}"] = -1, 0, 0
+            rows[f"looks:{one.label}"] = ""
     for one in case.attacks:
         rows[f"survived:{one.label}"], rows[f"distance:{one.label}"] = False, math.nan
     return rows
 
 
-def _answer(question: Question, case: Case, rows: pd.DataFrame) -> dict[str, Any]:
-    counts = layer_counts(case.model)
+def _answer(question: Question, case: Case, rows: pd.DataFrame, health: list[Flag]) -> dict[str, Any]:
+    claim = None if question.claim is None else claim_holds(case.model, question.claim)
     return {
-        "checkpoint": str(question.path), "arch": case.card.arch, "data": case.data.name, "note": case.data.note,
+        "checkpoint": str(question.path), "layout": case.layout, "notes": case.notes,
+        "arch": case.arch, "data": case.data.name, "note": case.data.note,
         "threat": plain(case.threat),
         "attacks": [one.as_json() for one in case.attacks], "verifiers": [one.as_json() for one in case.verifiers],
         "summary": summary(case, rows),
-        "layers": {layer: {"kept": kept, "total": total} for layer, (kept, total) in counts.items()},
+        "passport": passport(case.model, case.data.shape),
+        "claim": None if claim is None else {"pruned": str(question.claim), "holds": claim[0], "sentence": claim[1]},
+        "health": [asdict(flag) for flag in health],
         "warnings": case.warnings, "lowering": case.lowering,
         "rows": rows_of(rows, case.verifiers),
     }
@@ -256,5 +296,7 @@ def _row_of(row: dict[str, Any], verifier: Assignment) -> dict[str, Any]:
     if not verifier.tool.deterministic:
         tool = verifier.tool
         facts |= {"predicted": row[f"predicted:{label}"], "hits": row[f"hits:{label}"], "n": row[f"n:{label}"]}
-        facts |= {"n0": tool.n0, "alpha": tool.alpha, "sigma": tool.sigma}
+        facts |= {"n0": tool.n0, "alpha": tool.alpha, "sigma": tool.sigma, "rule": tool.rule}
+        if tool.rule == "sequential":
+            facts |= {"looks": row[f"looks:{label}"], "radii": plain(tool.radii), "growth": plain(tool.growth)}
     return facts

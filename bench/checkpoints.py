@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,11 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .files import write_whole
+from .layouts import LARGEST, arranged, plain, tensors
 from .models import MODELS, Shape, build_model
 
-LARGEST = 4 * 2**30  # bytes of a checkpoint, packed or unpacked
 KEY = "sparsecert"
 LARGEST_SIDE, MOST_CLASSES = 4096, 100_000
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,47 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], card: Card) -> None
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint as plain float32 weights: what the file says of itself, which layout it has, what else is worth saying."""
+
+    state: dict[str, Tensor]
+    card: Card | None
+    layout: str
+    notes: tuple[str, ...] = ()
+
+
+def read(path: Path, density: Fraction | None = None) -> Loaded:
+    """Any pruned checkpoint as plain weights with zeros in place, without ever unpickling an object.
+
+    Understands what `bench.layouts.plain` does, in .safetensors and in torch's files, zipped or legacy. density: the share
+    of each layer that a file of scores keeps. Raises UserError, one sentence, for anything else.
+    """
+    found, card, container = _content(path)
+    layout = plain(found, path, density)
+    return Loaded(layout.state, card, ", ".join([container, *layout.words]), tuple(layout.notes))
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Card | None]:
-    """(state dict, card or None) of a .safetensors file or of a .pt / .pth state dict. Raises UserError."""
+    """(state dict, card or None) of a .safetensors file or of a .pt / .pth state dict, as they stand. Raises UserError."""
+    found, card, _ = _content(path)
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path} is not a plain state dict (names to tensors); save model.state_dict()")
+    return tensors(found, path), card
+
+
+def _content(path: Path) -> tuple[Any, Card | None, str]:
+    """(whatever the file holds, card or None, the kind of file)."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes; checkpoints above {LARGEST:,} are refused")
-    state, card = _safetensors(path) if _is_safetensors(path) else (_torch_state(path), None)
-    if not state:
-        raise UserError(f"{path} holds no tensors")
-    for name, value in state.items():
-        if value.dtype not in DTYPES:
-            raise UserError(f"{path}: the tensor {name!r} has type {value.dtype}; plain checkpoints hold floats and integers")
-        if not bool(torch.isfinite(value.float()).all()):
-            raise UserError(f"{path}: the tensor {name!r} holds NaN or infinite values (as float32)")
-    return state, card
+    if path.suffix.lower() == ".onnx":
+        raise UserError(f"{path} is an ONNX file, which is not read here; save the weights with torch.save(model.state_dict())")
+    if _is_safetensors(path):
+        state, card = _safetensors(path)
+        return state, card, "safetensors"
+    return _torch_content(path), None, "torch file" if zipfile.is_zipfile(path) else "legacy torch file"
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -95,13 +123,17 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], Card | None]:
     return state, card
 
 
-def _torch_state(path: Path) -> dict[str, Tensor]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
-                raise UserError(f"{path} unpacks to more than {LARGEST:,} bytes and is refused")
+def _torch_content(path: Path) -> Any:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
+                    raise UserError(f"{path} unpacks to more than {LARGEST:,} bytes and is refused")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own plans and of TorchScript, which is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as reason:
         raise UserError(
             f"{path} holds pickled objects or is damaged, and nothing is ever unpickled here; save model.state_dict() instead"
@@ -109,21 +141,33 @@ def _torch_state(path: Path) -> dict[str, Tensor]:
     except Exception as reason:
         first = next(iter(str(reason).splitlines()), type(reason).__name__)
         raise UserError(f"{path} is not a checkpoint that can be read: {first}") from reason
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in loaded.items()):
-        raise UserError(f"{path} is not a plain state dict (names to tensors); save model.state_dict()")
-    return loaded
 
 
 def network(state: Mapping[str, Tensor], card: Card, where: Path) -> nn.Module:
     """The card's network with exactly these weights, in eval mode. Raises UserError for another architecture's weights."""
     with torch.device("meta"):  # names and shapes only: a card may claim any size
         wanted = build_model(card.arch, card.shape, card.classes).state_dict()
+    state = matched(state, wanted, _named(card), where)
+    return _filled(build_model(card.arch, card.shape, card.classes, card.mean, card.std), state)
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], what: str, where: Path) -> nn.Module:
+    """The given network with exactly these weights, in eval mode; `what` names it. Raises UserError for any other's weights."""
+    return _filled(model, matched(state, model.state_dict(), what, where))
+
+
+def matched(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, where: Path) -> dict[str, Tensor]:
+    """The state under the names of `wanted`, with its types; raises UserError unless names and shapes are exactly those."""
+    state, _ = arranged(state, wanted)
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     wrong = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
     if missing or extra or wrong:
-        raise UserError(f"{where} is not a checkpoint of {_named(card)}: {_difference(wanted, state, missing, extra, wrong)}")
-    model = build_model(card.arch, card.shape, card.classes, card.mean, card.std)
-    model.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()})
+        raise UserError(f"{where} is not a checkpoint of {what}: {_difference(wanted, state, missing, extra, wrong)}")
+    return {name: state[name].to(value.dtype) for name, value in wanted.items()}
+
+
+def _filled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    model.load_state_dict(dict(state))
     return model.eval().requires_grad_(False)
 
 
@@ -144,13 +188,23 @@ def _difference(
 
 def guess_arch(state: Mapping[str, Tensor], shape: Shape, classes: int) -> str | None:
     """The one architecture whose names and shapes are exactly these, if there is one."""
-    have = {name: tuple(value.shape) for name, value in state.items()}
     for arch in MODELS:
         try:
             with torch.device("meta"):
                 model = build_model(arch, shape, classes)
         except UserError:
             continue
-        if {name: tuple(value.shape) for name, value in model.state_dict().items()} == have:
+        wanted = model.state_dict()
+        have, _ = arranged(state, wanted)
+        if have and {name: value.shape for name, value in wanted.items()} == {name: value.shape for name, value in have.items()}:
             return arch
     return None
+
+
+def classes_of(arch: str, state: Mapping[str, Tensor], shape: Shape) -> int | None:
+    """How many logits the last layer of the named architecture has in this state; None if it is not there."""
+    with torch.device("meta"):
+        last = list(build_model(arch, shape, 2).state_dict())[-1]
+    numbered = [name for name in state if re.fullmatch(r"\d{1,6}\.bias", name)]  # a bare nn.Sequential
+    name = last if last in state else max(numbered, key=lambda name: int(name.split(".")[0]), default="")
+    return len(state[name]) if name in state and state[name].dim() else None

@@ -123,8 +123,8 @@ class Judging:
 
 
 def short(cell: str) -> str:
-    """digits@1-cnn_small-hydra-pgd-d0.05-s0-1a2b3c4d -> hydra-pgd-d0.05-s0."""
-    return "-".join(cell.split("-")[2:-1])
+    """digits@1-cnn_small-hydra-pgd-d0.05-s0-1a2b3c4d -> cnn_small-hydra-pgd-d0.05-s0."""
+    return "-".join(cell.split("-")[1:-1])
 
 
 def percent(share: dict[str, Any] | None) -> str:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from .cells import Cell, Suite
-from .files import make_folder
-from .run import Folders, is_current, stored_record
+from .files import make_folder, sweep
+from .models import build_model
+from .run import Folders, dataset, is_current, stored_record
 from .screen import LiveScreen
 from .workers import Job, Outcome, run_cells
 
@@ -31,6 +33,14 @@ class Finished:
         return 3 if self.outcome.contradicted else 1 if self.outcome.failed else 0
 
 
+def check_ready(suite: Suite, data_dir: str | None) -> None:
+    """Raises UserError, before anything runs, for data that is not there or images that a network does not admit."""
+    for name, arch in sorted({(cell.data["name"], cell.arch) for cell in suite.cells}):
+        data = dataset(name, data_dir, torch.device("cpu"))
+        with torch.device("meta"):
+            build_model(arch, data.shape, data.classes)
+
+
 def run_suite(
     suite: Suite, job: Job, workers: int, console: Console, cells: Iterable[Cell] | None = None
 ) -> Finished:
@@ -38,6 +48,7 @@ def run_suite(
     folders = Folders(Path(job.root))
     make_folder(folders.root)
     folders.make()
+    sweep(folders.root)
     chosen = sorted(cells if cells is not None else suite.cells, key=lambda cell: cell.density != 1)
     records, todo, stale = {}, [], 0
     for cell in chosen:

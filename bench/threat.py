@@ -22,6 +22,8 @@ class Threat:
     def __post_init__(self) -> None:
         if self.eps < 0:
             raise ValueError(f"eps must not be negative, got {self.eps}")
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps is in [0,1] pixel units and {self.eps} covers every image; did you mean {self.eps}/255?")
 
 
 def within(witness: Tensor, x: Tensor, norm: str, eps: Fraction) -> Tensor:

@@ -55,7 +55,9 @@ def do_cell(job: Job, name: str, report: Callable[[float, str], None]) -> tuple[
 
     try:
         (cell,) = [one for one in read_suite(job.suite, job.methods).cells if one.id == name]
-        return "record", run_cell(cell, Folders(Path(job.root)), pick_device(job.device), job.data_dir, report)
+        record = run_cell(cell, Folders(Path(job.root)), pick_device(job.device), job.data_dir, report)
+        (Path(job.root) / "failures" / f"{name}.txt").unlink(missing_ok=True)  # of an earlier run
+        return "record", record
     except ContradictionError as found:
         return "contradicted", str(found)
     except BrokenPipeError:

@@ -20,7 +20,7 @@ REFERENCE = "dense"
 UNRANKED = "–"
 BOARD = ["suite", "version", "objective"]
 ENTRY = [*BOARD, "arch", "method", "density"]
-GROUP = [*BOARD, "density"]
+GROUP = ["suite", "version", "objective", "arch", "density"]
 # What may differ between two records of one board's objective; all else is the protocol and must not.
 VARIES = {"method", "objective", "arch", "density", "seed"}
 
@@ -107,7 +107,7 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     Every metric is the mean over seeds, with M:seeds the seeds' values one by one (in the order of `seeds`). Its interval is
     Wilson's 95 % with p = that mean and n = the number of images, not images x seeds: seeds share the images, so more of
     them do not widen the sample, and the interval is conservative. `rank` orders by the headline metric within (objective,
-    density); `ranks` is the range of ranks that paired tests leave possible. `dense` is the reference and has rank "–".
+    arch, density); `ranks` is the range of ranks that paired tests leave possible. `dense` is the reference and has rank "–".
     All columns are plain values or lists, ready for JSON. Raises BoardError for records that may not share a board.
     """
     import pandas as pd

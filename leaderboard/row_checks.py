@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise, product
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 VERDICTS = ("misclassified", "broken", "certified", "open", "timeout", "error")
-STATUSES = ("proved", "open", "abstain", "misclassified", "skipped", "timeout", "error")
+STATUSES = ("proved", "broken", "open", "abstain", "misclassified", "skipped", "timeout", "error")
 # Each of these answers with the best of its own margin and those of the bounds before it (the raw margins have no order).
 ORDER = ("ibp", "crown-ibp", "crown")
 RADIUS_TOLERANCE = 1e-12
 # A float32 image moved by exactly eps may measure this much further in float64.
 DISTANCE_ALLOWANCE = 1e-6
+LEAST_GROWTH = Fraction(101, 100)  # of the looks of a sequential test: with less, there are too many to go through
 
 
 def problems(cell: dict[str, Any], rows: pd.DataFrame) -> list[str]:
@@ -87,7 +89,7 @@ def proofs_against_attacks(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator
         label = verifier["label"]
         radius = rows[f"radius:{label}"]
         yield from where(rows, (radius > 0) & ~correct(rows), f"certified by {label}, yet misclassified")
-        for attack in cell["attacks"]:
+        for attack in breakers(cell, rows):
             norm, eps = ball(cell, attack)
             if norm != verifier["norm"]:
                 continue
@@ -110,7 +112,10 @@ def order_of_verifiers(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str
 
 
 def smoothing(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
-    """Radii follow from the counts: Clopper-Pearson for the rule `fixed`; no rule exceeds sigma Phi^-1(alpha^(1/n))."""
+    """Radii follow from the counts: by Clopper-Pearson for the rule `fixed`, by testing again on the looks for `sequential`.
+
+    No rule exceeds sigma Phi^-1(alpha^(1/n)).
+    """
     for verifier in cell["verifiers"]:
         if not is_smoothing(verifier):
             continue
@@ -133,12 +138,90 @@ def _radii(verifier: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
     yield from where(rows, radius > certified_radius(n, n, alpha, sigma) + RADIUS_TOLERANCE, (
         f"radius:{label} is above what any {label} run of its n can prove"
     ))
-    if verifier.get("rule", "fixed") != "fixed":  # a sequential test's radius is not Clopper-Pearson at the stopping n
+    rule, full = verifier.get("rule", "fixed"), verifier.get("n")
+    if not isinstance(full, int) or Fraction(str(verifier.get("growth", 2))) < LEAST_GROWTH:
+        yield f"verifier {label} records no number of draws n, or a growth of looks below {LEAST_GROWTH}"
         return
     right = (rows[f"predicted:{label}"] == rows["label"]).to_numpy()
-    expected = certified_radius(hits, n, alpha, sigma) * right
-    wrong = ~(abs(radius - expected) <= RADIUS_TOLERANCE)
-    yield from where(rows, wrong, f"radius:{label} is not the one that hits:{label} out of n:{label} prove")
+    if rule == "sequential":
+        yield from _sequential(verifier, rows, right)
+    elif rule != "fixed":
+        yield f"verifier {label} follows the rule {rule!r}, which is none of fixed, sequential"
+    elif verifier.get("curtail"):
+        yield from _curtailed(verifier, rows, right)
+    else:
+        yield from where(rows, n != full, f"n:{label} is not the {full} draws that the rule fixed was to take")
+        wrong = ~(abs(radius - certified_radius(hits, n, alpha, sigma) * right) <= RADIUS_TOLERANCE)
+        yield from where(rows, wrong, f"radius:{label} is not the one that hits:{label} out of n:{label} prove")
+
+
+def _curtailed(verifier: dict[str, Any], rows: pd.DataFrame, right: Any) -> Iterator[str]:
+    """The radius is eps or 0, and the draws that were left out could not have changed which."""
+    label, alpha, sigma = verifier["label"], number(verifier["alpha"]), number(verifier["sigma"])
+    hits, n, radius = (rows[f"{one}:{label}"].to_numpy() for one in ("hits", "n", "radius"))
+    full, eps = verifier["n"], number(verifier["eps"])
+    worst, best = (certified_radius(least, full + 0 * n, alpha, sigma) >= eps for least in (hits, hits + full - n))
+    yield from where(rows, (n > full) | (worst != best), f"n:{label} stopped while the remaining draws could matter")
+    yield from where(rows, radius != eps * (worst & right), f"radius:{label} is not the one that hits:{label} decide")
+
+
+def _sequential(verifier: dict[str, Any], rows: pd.DataFrame, right: Any) -> Iterator[str]:
+    """The radius is the largest of the grid that the stored looks certify, all smaller ones being certified as well."""
+    label, alpha, sigma, n = verifier["label"], number(verifier["alpha"]), number(verifier["sigma"]), verifier["n"]
+    if f"looks:{label}" not in rows:
+        yield f"column 'looks:{label}' is missing, so the sequential test cannot be run again"
+        return
+    grid = sorted({number(one) for one in (verifier["eps"], *verifier.get("grid", ()))})
+    planned = schedule(n, Fraction(str(verifier.get("growth", "11/10"))))
+    bad, wrong = [], []
+    last = zip(rows[f"n:{label}"], rows[f"hits:{label}"], strict=True)
+    for text, end, radius, counts in zip(rows[f"looks:{label}"], last, rows[f"radius:{label}"], right, strict=True):
+        looks = parsed(str(text))
+        fits = bool(looks) and looks[-1] == end and tuple(at for at, _ in looks) == planned[: len(looks)]
+        steps = pairwise([(0, 0), *looks])
+        bad.append(not (fits and all(0 <= there[1] - here[1] <= there[0] - here[0] for here, there in steps)))
+        wrong.append(not bad[-1] and radius != (retested(looks, grid, n, alpha, sigma) if counts else 0.0))
+    yield from where(rows, bad, f"looks:{label} is no run of the schedule that ends with hits:{label} out of n:{label}")
+    yield from where(rows, wrong, f"radius:{label} is not the one that looks:{label} prove")
+
+
+def schedule(n: int, growth: Fraction, chunk: int = 100) -> tuple[int, ...]:
+    """The draws after which a sequential run of at most n looks: whole chunks, each `growth` times the last, n at the end."""
+    looks = [min(n, chunk)]
+    while looks[-1] < n:
+        looks.append(min(n, max(looks[-1] + chunk, chunk * int(looks[-1] * growth / chunk))))
+    return tuple(looks)
+
+
+def parsed(text: str) -> list[tuple[int, int]]:
+    """[(n, hits), ...] of "n:hits n:hits ..."; empty where the text is anything else."""
+    if not re.fullmatch(r"\d{1,12}:\d{1,12}( \d{1,12}:\d{1,12})*", text):
+        return []
+    return [(int(n), int(hits)) for n, _, hits in (one.partition(":") for one in text.split())]
+
+
+def retested(looks: list[tuple[int, int]], grid: list[float], n_max: int, alpha: float, sigma: float) -> float:
+    """The largest radius of the ascending grid up to which each one is certified at some look, 0 where the first is not.
+
+    Half of alpha is the mixture of likelihood ratios over Beta(1, 1/4) cut to (Phi(r / sigma), 1) reaching 2 / alpha (Ville's
+    inequality), half the Clopper-Pearson bound at the last planned look. What underflows is -inf or NaN and certifies nothing.
+    """
+    import numpy as np
+    from scipy.special import betaincc, betaln, ndtr
+
+    n, hits = (np.array(column, dtype=np.float64) for column in zip(*looks, strict=True))
+    missed, proven = n - hits, 0.0
+    final = float(certified_radius(hits[-1:], n[-1:], alpha / 2, sigma)[0]) if n[-1] == n_max else 0.0
+    for radius in grid:
+        p = ndtr(radius / sigma)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight = betaln(hits + 1, missed + 0.25) - betaln(1, 0.25)
+            tails = np.log(betaincc(hits + 1, missed + 0.25, p)) - np.log(betaincc(1, 0.25, p))
+            wealth = weight + tails - (hits * np.log(p) + missed * np.log1p(-p))
+        if not ((wealth >= np.log(2 / alpha) + 1e-6).any() or final >= radius):
+            break
+        proven = radius
+    return proven
 
 
 def certified_radius(hits: np.ndarray, n: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
@@ -183,13 +266,18 @@ def _broken(cell: dict[str, Any], rows: pd.DataFrame) -> tuple[pd.Series, pd.Ser
     """(broken by some attack within the threat, broken by the attack that `by` names)."""
     under_threat = named = rows["index"] != rows["index"]
     norm, limit = cell["threat"]["norm"], Fraction(cell["threat"]["eps"])
-    for attack in cell["attacks"]:
+    for attack in breakers(cell, rows):
         hit = correct(rows) & ~rows[f"survived:{attack['label']}"]
         named = named | (hit & (rows["by"] == attack["label"]))
         its_norm, eps = ball(cell, attack)
         if its_norm == norm and eps <= limit:
             under_threat = under_threat | hit
     return under_threat, named
+
+
+def breakers(cell: dict[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The attacks, and the verifiers that look for counterexamples of their own."""
+    return [*cell["attacks"], *(one for one in cell["verifiers"] if f"survived:{one['label']}" in rows)]
 
 
 def _proven(cell: dict[str, Any], rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

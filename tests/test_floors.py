@@ -33,13 +33,18 @@ methods                                    : train sparsity
 build                                      : errors methods objectives | attacks verifiers
 cells                                      : errors threat data models train build | leaderboard
 phases                                     : files provenance sparsity train
-checkpoints                                : errors files models
-evaluate                                   : threat train cells | attacks verifiers
+layouts                                    : errors sparsity
+checkpoints                                : errors files models layouts
+reach                                      : sparsity | verifiers
+passport                                   : errors sparsity reach | verifiers
+health                                     : errors
+outside                                    : errors data models checkpoints | verifiers
+evaluate                                   : errors threat train cells | attacks verifiers
 run          : errors files provenance sparsity data models train build cells phases checkpoints evaluate | leaderboard
-certify      : errors sparsity threat data train build cells checkpoints evaluate run
+certify: errors files provenance sparsity data threat train build cells checkpoints evaluate run passport health outside | leaderboard
 workers      : files cells evaluate run
 screen       : workers
-suite        : files cells run workers screen
+suite        : files cells models run workers screen
 """
 
 

@@ -6,17 +6,20 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from .exact import Exact, exact_radius
 from .interval import IBP
-from .lirpa import Crown, CrownIBP
+from .lirpa import AlphaCrown, Crown, CrownIBP
 from .proof import Proof, UnsupportedNetworkError
 from .smoothing import Smoothing
+from .symbolic import SymbolicInterval
 
 
 class Verifier(Protocol):
     """A frozen dataclass. Its guarantee is the first line of its docstring.
 
     model: a plain network in eval mode. x: float32 [N, C, H, W] in [0,1]. y: int64 [N]. `deterministic` says whether the
-    statement is about the network itself, without probability.
+    statement is about the network itself, without probability. Two more class attributes are optional: `costly` (asked last,
+    and only about what is neither proven nor broken by then) and `falsifies` (its Proof may hold witnesses).
     """
 
     @property
@@ -26,6 +29,12 @@ class Verifier(Protocol):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof: ...
 
 
-VERIFIERS: dict[str, type] = {"ibp": IBP, "crown-ibp": CrownIBP, "crown": Crown, "smoothing": Smoothing}
+VERIFIERS: dict[str, type] = {
+    "ibp": IBP, "crown-ibp": CrownIBP, "crown": Crown, "alpha-crown": AlphaCrown, "mixtrain": SymbolicInterval,
+    "exact": Exact, "smoothing": Smoothing,
+}
 
-__all__ = ["IBP", "VERIFIERS", "Crown", "CrownIBP", "Proof", "Smoothing", "UnsupportedNetworkError", "Verifier"]
+__all__ = [
+    "IBP", "VERIFIERS", "AlphaCrown", "Crown", "CrownIBP", "Exact", "Proof", "Smoothing", "SymbolicInterval",
+    "UnsupportedNetworkError", "Verifier", "exact_radius",
+]

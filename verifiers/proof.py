@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-PROVED, OPEN, ABSTAIN, TIMEOUT, ERROR = "proved", "open", "abstain", "timeout", "error"
+PROVED, BROKEN, OPEN, ABSTAIN, TIMEOUT, ERROR = "proved", "broken", "open", "abstain", "timeout", "error"
 
 
 class UnsupportedNetworkError(Exception):
@@ -19,7 +19,8 @@ class Proof:
     """Per-sample answers of one verifier: "certified at r" is `radius >= r`, and a radius of 0 proves nothing.
 
     radius, margin: float64 [N]; margin is a lower bound of the smallest f_y - f_j over the ball, NaN where there is none.
-    predicted: int64 [N], -1 where the verifier abstains. status: N of proved / open / abstain / timeout / error.
+    predicted: int64 [N], -1 where the verifier abstains. status: N of proved / broken / open / abstain / timeout / error.
+    witness: like x, NaN but for the samples that are broken: inside the exact ball and misclassified in float64.
     details: further per-sample columns. notes: what was done to the network. rechecked: samples decided in float64.
     """
 

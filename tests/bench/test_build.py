@@ -231,6 +231,8 @@ from fractions import Fraction
 @dataclass(frozen=True)
 class Mine:
     """Proves nothing."""
+    deterministic = True
+    norm: str = "linf"
     eps: Fraction = Fraction(1, 10)
     steps: int = 3
 
@@ -266,10 +268,23 @@ def test_a_module_plug_in_is_imported_by_its_dotted_path(plugin: Path, monkeypat
     assert build("method", {"name": "bench.methods.hydra:HYDRA"}) == HYDRA()
 
 
-@pytest.mark.parametrize("what", ["Plain", "function", "Nothing", "Fraction", ""])
+@pytest.mark.parametrize("what", ["Plain", "function", "Fraction", ""])
 def test_what_is_no_dataclass_is_refused_with_the_two_spellings(plugin: Path, what: str) -> None:
     sentence = refused("method", {"name": f"{plugin}:{what}"})
     assert "is not a dataclass; a method from outside is given as file.py:Class or module:Class" in sentence
+
+
+def test_a_class_that_is_not_in_the_file_is_answered_with_the_nearest_one(plugin: Path) -> None:
+    assert "did you mean 'Mine'?" in refused("method", {"name": f"{plugin}:Mines"})
+
+
+def test_attacks_and_verifiers_from_outside_need_the_threats_fields_and_a_word_on_determinism(tmp_path: Path) -> None:
+    text = "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Bare:\n    {}\n"
+    for body, complaint in (("tries: int = 3", "norm and eps"), ("norm: str = 'linf'\n    eps: object = 1", "deterministic")):
+        path = tmp_path / f"{complaint[:4]}.py"
+        path.write_text(text.format(body))
+        assert complaint in refused("verifier", {"name": f"{path}:Bare"})
+    assert "norm and eps" in refused("attack", {"name": f"{tmp_path / 'norm.py'}:Bare"})
 
 
 @pytest.mark.parametrize(

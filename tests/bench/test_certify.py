@@ -121,3 +121,50 @@ def test_images_that_the_time_limit_does_not_reach_are_timeouts_not_answers(
     found = answer(capsys, trained, "--eps", "1/100", "--batch-size", 10, "--total-time-limit", 1e-9, "--limit", 30)
     assert found["summary"]["timeout"] == 30
     assert all((row["verdict"], row["radius"], row["margin"]) == ("timeout", 0.0, None) for row in found["rows"])
+
+
+# ---- the cascade -----------------------------------------------------------------------------------------------------
+
+
+def test_exact_decides_what_cheaper_verifiers_and_attacks_leave_open(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (trained, "--eps", "1/50", "--limit", 40, "--attack", "pgd")
+    cheap = answer(capsys, *words, "--verifier", "ibp")
+    whole = answer(capsys, *words, "--verifier", "ibp", "--verifier", "exact")
+    assert cheap["summary"]["open"] > 0 == whole["summary"]["open"], "the question must leave something open"
+    for before, after in zip(cheap["rows"], whole["rows"], strict=True):
+        if before["verdict"] != "open":
+            assert (before["verdict"], before["by"]) == (after["verdict"], after["by"])
+        else:
+            assert after["by"] == "exact"
+            assert after["verdict"] == {"proved": "certified", "broken": "broken"}[after["exact"]["status"]]
+    assert whole["summary"]["certified_by"]["exact"] == whole["summary"]["certified"]
+
+
+def test_a_false_claim_is_exit_code_3_and_the_json_is_still_there(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["certify", str(trained), "--eps", "1/100", "--limit", "3", "--json"]
+    assert main([*words, "--claim", "0.9"]) == 3
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["claim"]["holds"] is False
+    assert len(shown.err.strip().splitlines()) == 1
+    assert main([*words, "--claim", "0.49"]) == 0
+    assert json.loads(capsys.readouterr().out)["claim"]["holds"] is True
+
+
+def test_a_users_own_network_and_images_are_certified(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+    from safetensors.torch import load_file
+
+    source, images, weights = tmp_path / "mine.py", tmp_path / "mine.npz", tmp_path / "mine.pt"
+    source.write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), "
+        "nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))\n"
+    )
+    names = {"fc1": "1", "fc2": "3", "fc3": "5"}
+    state = {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in load_file(trained).items()}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, weights)
+    test = load("digits").test.first(30)
+    np.savez(images, x=test.pixels().numpy(), y=test.labels.numpy())
+    own = answer(capsys, weights, "--arch", f"{source}:build", "--data", images, "--eps", "1/100")
+    ours = answer(capsys, trained, "--eps", "1/100", "--limit", 30)
+    assert [row["verdict"] for row in own["rows"]] == [row["verdict"] for row in ours["rows"]]
+    assert "module." in own["layout"] + " ".join(own["notes"])

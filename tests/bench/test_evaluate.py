@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from bench.data import Split
 from bench.evaluate import ContradictionError, Evaluation, evaluate, predict
 from bench.threat import Threat, distance, within
 from bench.train import Phase, Training, run_phase
+from leaderboard.row_checks import problems
 from leaderboard.stats import metrics_of
 from verifiers import IBP, Crown, Proof, Smoothing, UnsupportedNetworkError
 
@@ -398,6 +400,30 @@ def test_attacks_on_f_never_contradict_a_certificate_about_g() -> None:
     assert out.rows["n:smoothing"].dtype == "int64"
 
 
+@pytest.mark.parametrize("fields", [
+    {"rule": "sequential", "grid": (Fraction(1, 10), Fraction(1, 2))}, {"curtail": True}, {},
+])
+def test_smoothing_rows_hold_what_the_board_needs_to_derive_their_radii_again(fields: dict[str, Any]) -> None:
+    smooth = named(Smoothing(sigma=0.5, n=2000, **fields), "g", first=4)
+    out = judged(one_pixel(), images(0.5, 0.7, 0.9, 1.0, 1.0), [0, 0, 0, 1, 0], [], [smooth])
+    assert out.rows["radius:g"].max() > 0
+    assert out.rows["status:g"].tolist()[4] == "skipped"
+    cell = json.loads(json.dumps({"attacks": [], "verifiers": [smooth.as_json()], "threat": {"norm": "linf", "eps": "1/10"}}))
+    assert problems(cell, out.rows) == []
+    if "rule" in fields:
+        looks = out.rows["looks:g"].tolist()
+        assert looks[4] == ""
+        assert looks[2].startswith("100:")
+        assert looks[2].endswith(f"{out.rows['n:g'][2]}:{out.rows['hits:g'][2]}")
+    out.rows.loc[2, "radius:g"] = 0.75
+    assert any("sample 102" in one for one in problems(cell, out.rows))
+
+
+def test_a_sequential_verifier_that_nobody_asked_has_an_empty_column_of_looks() -> None:
+    nobody = named(Smoothing(rule="sequential"), "g", first=0)
+    assert judged(one_pixel(), images(0.9), [0], [], [nobody]).rows["looks:g"].tolist() == [""]
+
+
 # ---- limits and errors -----------------------------------------------------------------------------------------------
 
 
@@ -499,3 +525,78 @@ def test_progress_and_seconds_name_every_tool() -> None:
     assert told == ["v", "a"]
     out = judged(one_pixel(), images(0.9), [0], [DOWN], [Knows()])
     assert set(out.seconds) == {"verifier:knows", "attack:proposes"}
+
+
+# ---- costly verifiers and their counterexamples ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Costly; proves the samples whose first pixel is above a half, claims a counterexample for the rest."""
+
+    norm: str = "linf"
+    eps: Fraction = Fraction(1, 10)
+    shift: float = 0.0
+    deterministic: ClassVar[bool] = True
+    costly: ClassVar[bool] = True
+    falsifies: ClassVar[bool] = True
+    asked: ClassVar[list[int]] = []
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
+        self.asked.append(len(x))
+        proved = x.flatten(1)[:, 0] > 0.5
+        witness = torch.where(proved.view(-1, 1, 1, 1), torch.nan, x + self.shift)
+        status = tuple("proved" if yes else "broken" for yes in proved.tolist())
+        return Proof(
+            radius=proved.double() * float(self.eps), margin=torch.full((len(x),), torch.nan, dtype=torch.float64),
+            predicted=model(x).argmax(1), status=status, witness=witness,
+        )
+
+
+def threshold_net() -> nn.Module:
+    """Class 0 where the only pixel is above 0.4, else class 1."""
+    head = nn.Linear(1, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        head.bias.copy_(torch.tensor([-0.4, 0.0]))
+    return nn.Sequential(nn.Flatten(), head)
+
+
+@pytest.mark.parametrize("shift, verdict", [(-0.1, "broken"), (-5.0, "broken"), (0.0, "open"), (torch.nan, "open")])
+def test_a_verifiers_counterexample_counts_only_if_it_runs_again_here(shift: float, verdict: str) -> None:
+    x = torch.tensor([0.45, 0.9]).view(2, 1, 1, 1)
+    y, oracle = torch.zeros(2, dtype=torch.int64), Oracle(shift=shift)
+    one = Assignment("oracle", {"name": "oracle"}, oracle)
+    out = evaluate(threshold_net(), x, y, [0, 1], Threat("linf", Fraction(1, 10)), [], [one])
+    assert out.rows["verdict"].tolist() == [verdict, "certified"]
+    assert out.rows["by"].tolist() == ["oracle" if verdict == "broken" else "", "oracle"]
+    assert out.rows["status:oracle"].tolist() == [verdict, "proved"]
+
+
+def test_a_costly_verifier_is_asked_only_about_what_is_open_and_takes_over_the_rest() -> None:
+    x = torch.tensor([0.45, 0.9, 0.6, 0.1]).view(4, 1, 1, 1)
+    y = torch.zeros(4, dtype=torch.int64)
+    eps = Fraction(1, 10)
+    tools = [Assignment("oracle", {"name": "o"}, Oracle()), Assignment("ibp", {"name": "ibp"}, IBP("linf", eps))]
+    attack = Assignment("pgd", {"name": "pgd"}, PGD(norm="linf", eps=eps, steps=5))
+    Oracle.asked.clear()
+    out = evaluate(threshold_net(), x, y, range(4), Threat("linf", eps), [attack], tools)
+    assert Oracle.asked == [], "pgd broke 0.45 and ibp proved the others: nothing was left to ask"
+    assert out.rows["verdict"].tolist() == ["broken", "certified", "certified", "misclassified"]
+    assert out.rows["status:oracle"].tolist() == ["broken", "proved", "proved", "misclassified"]
+    assert out.rows["radius:oracle"].tolist() == [0.0, 0.1, 0.1, 0.0]
+
+
+def test_a_counterexample_of_one_verifier_contradicts_the_certificate_of_another() -> None:
+    x, y = torch.tensor([0.45]).view(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
+
+    @dataclass(frozen=True)
+    class Everything(IBP):
+        def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
+            ones = torch.ones(len(x), dtype=torch.float64)
+            return Proof(0.2 * ones, ones, model(x).argmax(1), ("proved",) * len(x))
+
+    wrong = Assignment("wrong", {"name": "wrong"}, Everything("linf", Fraction(1, 5)))
+    right = Assignment("oracle", {"name": "oracle"}, Oracle(eps=Fraction(1, 4), shift=-0.15))
+    with pytest.raises(ContradictionError, match=r"wrong certified linf radius 0\.2"):
+        evaluate(threshold_net(), x, y, [0], Threat("linf", Fraction(1, 5)), [], [wrong, right])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor, nn
 
 from tests.verifiers.small_nets import Forward, images, labels, linear, randomised
-from verifiers import VERIFIERS, Smoothing
+from verifiers import VERIFIERS, Proof, Smoothing
+from verifiers.sequential import decide
 from verifiers.smoothing import CHUNK, certified_radius, lower_confidence_bound, noise_seed, radius_cap
 
 
@@ -102,6 +104,16 @@ def test_wrong_bounds_are_found_out_by_the_same_test(alpha: float) -> None:
     n, p = 1000, 0.9
     assert too_often(misses(p, n, alpha, lambda hits: lower_confidence_bound(hits, n, 5 * alpha)), alpha)
     assert too_often(misses(p, n, alpha, lambda hits: hits / n), alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+def test_draws_that_chose_the_class_cannot_bound_its_probability(alpha: float) -> None:
+    """Twenty equal classes: the one with the most hits has them by luck, which fresh draws do not share."""
+    n, p, rng = 1000, 0.05, np.random.default_rng(4)
+    reused = rng.multinomial(n, [p] * 20, TRIALS).max(1)
+    assert too_often(int((lower_confidence_bound(reused, n, alpha) > p).sum()), alpha)
+    fresh = rng.binomial(n, p, TRIALS)
+    assert not too_often(int((lower_confidence_bound(fresh, n, alpha) > p).sum()), alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.001])
@@ -278,6 +290,156 @@ def test_the_class_is_chosen_by_selection_noise_and_counted_on_the_estimation_no
 def test_an_empty_batch_has_an_empty_answer() -> None:
     proof = Smoothing(n=100)(half_space(torch.ones(2), 0.0), torch.zeros(0, 1, 1, 2), torch.zeros(0, dtype=torch.int64))
     assert (proof.status, proof.radius.shape, proof.predicted.shape) == ((), (0,), (0,))
+
+
+# -- stopping early ----------------------------------------------------------------------------------------------------
+
+SEQUENTIAL = Smoothing(sigma=0.5, n=4_000, alpha=0.01, seed=7, rule="sequential")
+RADII = (Fraction(1, 10), Fraction(1, 4), Fraction(2, 5), Fraction(1))
+
+
+def looks_of(proof: Proof) -> list[list[list[int]]]:
+    """The looks of every sample without the padding."""
+    return [[pair for pair in row if pair[0] >= 0] for row in proof.details["looks"].tolist()]
+
+
+def line_of_images(count: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A half space and images at growing distances x - 1/2 from its edge; all are of class 0."""
+    x = torch.full((count, 1, 1, 2), 0.5)
+    x[:, 0, 0, 0] += torch.linspace(0.0, 1.0, count)
+    return half_space(torch.tensor([1.0, 0.0]), -0.5), x, torch.zeros(count, dtype=torch.int64)
+
+
+def test_a_sequential_radius_is_one_of_those_asked_about_and_below_the_distance() -> None:
+    net, x, y = line_of_images(60)
+    proof = replace(SEQUENTIAL, grid=RADII)(net, x, y)
+    distance = (x[:, 0, 0, 0] - 0.5).double()
+    asked = [0.0, *map(float, RADII)]
+    assert set(proof.radius.tolist()) == set(asked[:4])
+    beyond = int((proof.radius > distance).sum())
+    assert stats.binomtest(beyond, 60, 0.01, alternative="greater").pvalue > LEVEL
+    near = [max(r for r in asked if r <= max(0.0, d - 0.1)) for d in distance.tolist()]
+    within_reach = torch.tensor(near, dtype=torch.float64)
+    assert (proof.radius >= within_reach.clamp(max=0.4)).all()
+    certified = torch.tensor([status == "proved" for status in proof.status])
+    assert torch.equal(certified, proof.radius >= 0.25)
+
+
+def test_a_sequential_run_draws_less_and_stops_for_both_answers() -> None:
+    net, x, y = line_of_images(40)
+    proof = SEQUENTIAL(net, x, y)
+    drawn = proof.details["n"].double()
+    proved = torch.tensor([status == "proved" for status in proof.status])
+    assert proved.any()
+    assert not proved.all()
+    for answer in (proved, ~proved):
+        assert drawn[answer].min() == 100
+        assert drawn[answer].mean() < 1_500
+    fixed = replace(SEQUENTIAL, rule="fixed")(net, x, y)
+    agree = (fixed.radius >= 0.25) == proved
+    assert int((~agree).sum()) <= 2
+
+
+def test_a_network_sees_no_more_draws_than_are_recorded() -> None:
+    net = Recorder()
+    proof = SEQUENTIAL(net, torch.zeros(1, 1, 4, 4), torch.tensor([0]))
+    assert sum(map(len, net.seen)) == 100 + int(proof.details["n"][0])
+    curtailed = Recorder()
+    proof = Smoothing(n=5_000, curtail=True, batch=700)(curtailed, torch.zeros(1, 1, 4, 4), torch.tensor([0]))
+    assert sum(map(len, curtailed.seen)) == 100 + int(proof.details["n"][0])
+    assert int(proof.details["n"][0]) < 5_000
+
+
+@pytest.mark.parametrize("batch", [1, 250, 10**6])
+def test_looks_do_not_depend_on_the_batch_size_or_the_other_images(batch: int) -> None:
+    net, x, y = line_of_images(12)
+    looks = looks_of(SEQUENTIAL(net, x, y))
+    assert looks_of(replace(SEQUENTIAL, batch=batch)(net, x, y)) == looks
+    assert looks_of(SEQUENTIAL(net, x.flip(0), y)) == looks[::-1]
+
+
+def test_looks_are_counts_of_the_noise_that_the_fixed_rule_draws() -> None:
+    net, x, y = line_of_images(6)
+    for looks, image in zip(looks_of(SEQUENTIAL(net, x, y)), x, strict=True):
+        for n, hits in looks:
+            fixed = replace(SEQUENTIAL, rule="fixed", n=n)(net, image[None], y[:1])
+            assert fixed.details["hits"].tolist() == [hits]
+
+
+def test_the_radius_follows_from_the_stored_looks_alone() -> None:
+    rule = replace(SEQUENTIAL, grid=RADII)
+    net, x, y = line_of_images(30)
+    proof = rule(net, x, y)
+    for looks, radius, n, hits in zip(looks_of(proof), proof.radius, proof.details["n"], proof.details["hits"], strict=True):
+        assert looks[-1] == [n, hits]
+        assert tuple(at for at, _ in looks) == rule.looks[: len(looks)]
+        level, last = decide(np.array([[k for _, k in looks]]), rule.boundaries())
+        assert float(radius) == [0.0, *map(float, RADII)][level[0]]
+        assert last[0] == len(looks) - 1
+
+
+def test_curtailment_proves_what_all_draws_would_with_fewer() -> None:
+    net, x, y = line_of_images(40)
+    rule = Smoothing(sigma=0.5, n=3_000)
+    full, short = rule(net, x, y), replace(rule, curtail=True)(net, x, y)
+    assert [one == "proved" for one in short.status] == [one == "proved" for one in full.status]
+    assert set(short.radius.tolist()) == {0.0, 0.25}
+    assert short.details["n"].double().mean() < 2_700
+    assert (full.details["n"] == 3_000).all()
+    for before, after in zip(full.status, short.status, strict=True):
+        assert after == before or (before, after) == ("abstain", "open")
+
+
+@pytest.mark.parametrize("rule", [
+    SEQUENTIAL, Smoothing(sigma=0.5, n=2_000, curtail=True, eps=Fraction(1, 10**6)),
+])
+def test_early_stopping_abstains_where_no_class_wins_and_certifies_no_wrong_label(rule: Smoothing) -> None:
+    net, x, _ = line_of_images(2)
+    proof = rule(net, torch.stack([x[0], x[1]]), torch.tensor([0, 1]))
+    assert proof.radius.tolist() == [0, 0]
+    assert proof.status[1] == "open"
+    assert proof.predicted[1] == 0
+    never = rule(Forward(Alternating()), x[:1], torch.tensor([0]))
+    assert (never.status, never.predicted.tolist()) == (("abstain",), [-1])
+
+
+class Alternating:
+    """Class 0 for the n0 selection draws, then hardly ever."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, s: nn.Module, x: Tensor) -> Tensor:
+        first = self.seen == 0
+        self.seen += len(x)
+        return torch.tensor([1.0, 0.0] if first else [0.0, 1.0]).expand(len(x), 2)
+
+
+def test_an_empty_batch_has_an_empty_answer_under_every_rule() -> None:
+    for rule in (SEQUENTIAL, Smoothing(curtail=True)):
+        proof = rule(half_space(torch.ones(2), 0.0), torch.zeros(0, 1, 1, 2), torch.zeros(0, dtype=torch.int64))
+        assert (proof.status, proof.radius.shape, proof.details["n"].shape) == ((), (0,), (0,))
+
+
+def test_radii_may_be_texts_and_always_include_eps() -> None:
+    rule = Smoothing(rule="sequential", eps=Fraction(1, 4), grid=("0.1", "1/3", 0.5))  # type: ignore[arg-type]
+    assert rule.grid == (Fraction(1, 10), Fraction(1, 3), Fraction(1, 2))
+    assert rule.radii == (Fraction(1, 10), Fraction(1, 4), Fraction(1, 3), Fraction(1, 2))
+    assert Smoothing(rule="sequential").radii == (Fraction(1, 4),)
+
+
+@pytest.mark.parametrize("fields, named", [
+    ({"rule": "lenient"}, "lenient"), ({"grid": (Fraction(1, 4),)}, "grid"), ({"rule": "sequential", "curtail": True}, "curtail"),
+    ({"rule": "sequential", "grid": (Fraction(1), Fraction(1, 2))}, "ascend"),
+    ({"rule": "sequential", "grid": (Fraction(1), Fraction(1))}, "ascend"),
+    ({"rule": "sequential", "grid": (Fraction(0), Fraction(1))}, "above 0"),
+    ({"rule": "sequential", "grid": ("wide",)}, "wide"),
+    ({"rule": "sequential", "eps": Fraction(0)}, "above 0"), ({"curtail": True, "eps": Fraction(0)}, "above 0"),
+    ({"growth": Fraction(1)}, "growth"), ({"futility": 0.0}, "futility"), ({"futility": 1.0}, "futility"),
+])
+def test_settings_that_do_not_fit_the_rule_are_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Smoothing(**fields)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l1", "L2"])

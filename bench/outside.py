@@ -1,0 +1,188 @@
+"""What a user brings along: an architecture as `file.py:build`, images as `file.npz`. Checked, or refused in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from verifiers.normalise import Normalize
+
+from .checkpoints import LARGEST_SIDE, MOST_CLASSES, fill
+from .data import Dataset, Split
+from .errors import UserError
+from .models import Shape
+
+LARGEST = 4 * 2**30  # bytes of an archive of images, unpacked
+
+
+def is_own(arch: str) -> bool:
+    """Whether an architecture is given as file.py:function rather than by name."""
+    return arch.rpartition(":")[0].endswith(".py")
+
+
+def own_network(
+    arch: str, state: Mapping[str, Tensor], shape: Shape, classes: int, where: Path,
+    mean: Sequence[float] = (), std: Sequence[float] = (),
+) -> nn.Module:  # fmt: skip
+    """The user's network with exactly the state's weights, in eval mode, behind a normalisation where one is given.
+
+    arch: `file.py:build`, the name of a function build() or build(shape, classes) that returns an nn.Module on images
+    [N, *shape] with logits [N, classes]. Its file is executed: it is the user's own. Raises UserError where the file, the
+    function, its network or the weights are not that.
+    """
+    model = _built(arch, shape, classes)
+    try:
+        model = fill(model, state, arch, where)
+    except RuntimeError as reason:
+        raise UserError(f"{arch}: its network does not take these weights: {_first(reason)}") from reason
+    if mean or std:
+        model = nn.Sequential(OrderedDict(normalise=_normalisation(mean, std, shape[0]), network=model))
+    _try(model, arch, shape, classes)
+    return model.eval().requires_grad_(False)
+
+
+def _first(reason: BaseException) -> str:
+    return f"{type(reason).__name__}: {next(iter(str(reason).splitlines()), '')}"
+
+
+def _built(arch: str, shape: Shape, classes: int) -> nn.Module:
+    where, _, name = arch.rpartition(":")
+    build = getattr(_module(Path(where)), name, None)
+    if not callable(build):
+        raise UserError(f"{where} has no function {name!r}; --arch takes file.py:build, where build() returns an nn.Module")
+    try:
+        model = build(*_arguments(build, shape, classes))
+    except Exception as reason:
+        raise UserError(f"{arch} failed: {_first(reason)}") from reason
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{arch} returned a {type(model).__name__}, not an nn.Module")
+    return model.to("cpu", torch.float32)
+
+
+def _arguments(build: Callable[..., Any], shape: Shape, classes: int) -> tuple[Any, ...]:
+    """(shape, classes) for a function that takes two arguments or has them by name, else nothing."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted = [one for one in inspect.signature(build).parameters.values() if one.kind in kinds]
+    required = [one for one in wanted if one.default is inspect.Parameter.empty]
+    named = [one.name for one in wanted[:2]] == ["shape", "classes"]
+    return (shape, classes) if len(required) == 2 or named else ()
+
+
+def _module(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    name = f"sparsecert_arch_{abs(hash(str(path.resolve())))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as reason:
+        raise UserError(f"cannot import {path}: {_first(reason)}") from reason
+    return module
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> Normalize:
+    mean, std = mean or [0.0] * channels, std or [1.0] * channels
+    if len(mean) != channels or len(std) != channels:
+        raise UserError(f"mean and std need one number per channel ({channels}), got {len(mean)} and {len(std)}")
+    try:
+        return Normalize(mean, std)
+    except ValueError as reason:
+        raise UserError(str(reason)) from reason
+
+
+@torch.no_grad()
+def _try(model: nn.Module, arch: str, shape: Shape, classes: int) -> None:
+    try:
+        out = model.eval()(torch.zeros(2, *shape))
+    except Exception as reason:
+        raise UserError(f"{arch} does not take images of {'x'.join(map(str, shape))}: {_first(reason)}") from reason
+    if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape != (2, classes):
+        found = f"shape {tuple(out.shape[1:])}" if isinstance(out, Tensor) else f"type {type(out).__name__}"
+        raise UserError(f"{arch} must answer an image with {classes} logits, its answer has {found}")
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def own_data(path: Path, classes: int | None = None) -> Dataset:
+    """The images and labels of an .npz file as the test set of a data set without training images.
+
+    The file holds x, uint8 (0..255) or floating point in [0,1], [N, C, H, W] or [N, H, W]; y, whole numbers [N]; and may hold
+    `classes`. The number of classes is the argument, else the file's, else the largest label + 1. Nothing is unpickled.
+    Raises UserError for anything else.
+    """
+    arrays = _arrays(path)
+    for name in ("x", "y"):
+        if name not in arrays:
+            raise UserError(f"{path} has no array {name!r}; save it with numpy.savez(path, x=images, y=labels)")
+    images, scale = _images(arrays["x"], path)
+    labels = _labels(arrays["y"], len(images), path)
+    if classes is None and "classes" in arrays:
+        classes = _count(arrays["classes"], path)
+    if classes is None:
+        classes = max(2, int(labels.max()) + 1)
+    if int(labels.max()) >= classes:
+        raise UserError(f"{path}: the label {int(labels.max())} is none of {classes} classes (0 to {classes - 1})")
+    test = Split(images, labels, torch.arange(len(labels)), scale)
+    nothing = Split(images[:0], labels[:0], test.index[:0], scale)
+    channels, height, width = images.shape[1:]
+    return Dataset(path.name, classes, (channels, height, width), nothing, nothing, test)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
+                raise UserError(f"{path} unpacks to more than {LARGEST:,} bytes and is refused")
+        with np.load(path, allow_pickle=False) as found:
+            return {name: np.asarray(found[name]) for name in ("x", "y", "classes") if name in found.files}
+    except UserError:
+        raise
+    except Exception as reason:  # numpy and zipfile raise many kinds for damaged bytes
+        raise UserError(f"{path} is not an .npz file of plain arrays: {_first(reason)}") from reason
+
+
+def _images(x: np.ndarray, path: Path) -> tuple[Tensor, float]:
+    """(images [N, C, H, W], what to divide by)."""
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim != 4 or 0 in x.shape or max(x.shape[1:]) > LARGEST_SIDE:
+        raise UserError(f"{path}: x has shape {x.shape}, expected images [N, C, H, W] or [N, H, W]")
+    if x.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(x)), 255.0
+    if x.dtype.kind != "f":
+        raise UserError(f"{path}: x has type {x.dtype}; give uint8 or floating point pixels in [0,1]")
+    low, high = float(x.min()), float(x.max())
+    if not 0 <= low <= high <= 1:  # NaN fails too
+        raise UserError(f"{path}: the pixels x lie in [{low:g}, {high:g}], not in [0,1]; divide them, or save uint8")
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), 1.0
+
+
+def _labels(y: np.ndarray, count: int, path: Path) -> Tensor:
+    if y.shape != (count,) or y.dtype.kind not in "iu":
+        raise UserError(f"{path}: y has shape {y.shape} and type {y.dtype}, expected {count} whole numbers, one per image")
+    if int(y.min()) < 0 or int(y.max()) >= MOST_CLASSES:
+        raise UserError(f"{path}: the labels y lie in [{int(y.min())}, {int(y.max())}], expected classes from 0")
+    return torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
+
+
+def _count(value: np.ndarray, path: Path) -> int:
+    if value.shape != () or value.dtype.kind not in "iu" or not 2 <= int(value) <= MOST_CLASSES:
+        raise UserError(f"{path}: classes must be one whole number of at least 2")
+    return int(value)

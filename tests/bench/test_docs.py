@@ -1,0 +1,39 @@
+"""What the pages show works as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.build import build
+from bench.cells import read_suite
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.S)
+
+
+def test_the_suite_of_the_suites_page_is_one(tmp_path: Path) -> None:
+    (text,) = blocks("suites.md", "toml")
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace("every = 10                   # or: first = 500", "every = 10"))
+    assert len(read_suite(str(path)).cells) == 8
+
+
+@pytest.mark.parametrize("kind, name", [("objective", "LabelSmoothing"), ("attack", "Darken"), ("verifier", "Timid")])
+def test_the_plug_ins_of_the_page_are_built(tmp_path: Path, kind: str, name: str) -> None:
+    (text,) = blocks("add_a_plugin.md", "python")
+    path = tmp_path / "plugin.py"
+    path.write_text(text)
+    assert type(build(kind, {"name": f"{path}:{name}"})).__name__ == name
+
+
+def test_the_method_of_the_page_is_built(tmp_path: Path) -> None:
+    _, text = blocks("add_a_method.md", "python")
+    path = tmp_path / "method.py"
+    path.write_text(text)
+    assert build("method", {"name": f"{path}:FanInMagnitude"}) is not None

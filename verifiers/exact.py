@@ -1,0 +1,186 @@
+"""The complete verifier `exact` and brackets of the smallest adversarial distance."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .ball import Interval, float_above, outward_box
+from .bounds import difference_rows
+from .branching import Budget, OutOfBudgetError, Search, Verdict
+from .interval import ibp_settled
+from .proof import BROKEN, OPEN, PROVED, Proof, UnsupportedNetworkError
+from .relax import ReluNetwork
+from .rounding import allowance, full_precision, in_float64
+from .witness import Hunt, float_below
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+QUICK_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Complete: a certified sample is robust in the whole linf ball, a broken one has a witness in it; else open or timeout.
+
+    Branch and bound over ReLUs with optimised linear relaxations in float64 (beta-CROWN, Wang et al. 2021, arXiv 2103.06624),
+    gradient descent on margins for counterexamples, and a mixed-integer programme (Tjeng et al. 2019, arXiv 1711.07356) once
+    no more than `milp_below` ReLUs of a subproblem are undecided. eps is in [0,1] pixel units, the ball is cut with [0,1].
+
+    nodes: subproblems per sample (reproducible). seconds: wall time per sample, or None; it ends with status `timeout`.
+    falsifier: any attack `(model, x, y) -> x_adv`, asked first. A witness lies in the exact ball and in [0,1] and the float64
+    network misclassifies it. A margin counts above its float64 rounding allowance; one that the programme's solver found
+    positive counts above milp.TOLERANCE of its row's absolute sum. Near those tolerances a sample may stay open.
+    Raises UnsupportedNetworkError for networks other than affine steps and ReLUs (max pooling, sigmoids), ValueError for
+    another norm than linf and for senseless limits.
+    """
+
+    norm: str = "linf"
+    eps: Fraction = Fraction(8, 255)
+    nodes: int = 2000
+    seconds: float | None = None
+    milp_below: int = 50
+    falsifier: Attack | None = None
+    seed: int = 0
+    deterministic: ClassVar[bool] = True
+    costly: ClassVar[bool] = True
+    falsifies: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.norm != "linf":
+            raise ValueError(f"exact verifies the norm linf only, not {self.norm!r}; ibp and crown know l2")
+        if self.nodes < 1 or self.milp_below < 0:
+            raise ValueError(f"exact needs nodes >= 1 and milp_below >= 0, got {self.nodes} and {self.milp_below}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds of exact must be positive, got {self.seconds}")
+
+    @torch.no_grad()
+    @full_precision()
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
+        begun, predicted = time.perf_counter(), model(x).argmax(1)
+        if len(x) == 0:
+            return _proof(self, x, predicted, [])
+        cheap = ibp_settled(model, x, y, "linf", self.eps)
+        double = in_float64(model).requires_grad_(False)
+        network = ReluNetwork(double, x.double())
+        proposals = None if self.falsifier is None else self._proposals(model, x, y)
+        answers = []
+        shared = (time.perf_counter() - begun) / len(x)  # of what was done for all samples, each bears its part
+        for i in range(len(x)):
+            if predicted[i] != y[i]:
+                answers.append(Verdict(OPEN, float(cheap.margin[i]), 0))
+            elif cheap.proved[i]:
+                answers.append(Verdict(PROVED, float(cheap.margin[i]), 0))
+            else:
+                proposal = None if proposals is None else proposals[i : i + 1]
+                found = self._decide(double, network, x[i : i + 1], int(y[i]), proposal, self._budget(shared))
+                bounds = [bound for bound in (float(cheap.margin[i]), found.margin) if not math.isnan(bound)]
+                answers.append(found._replace(margin=max(bounds, default=math.nan)))
+        asked = int(((predicted == y) & ~cheap.proved).sum())
+        return _proof(self, x, predicted, answers, network.lowered.steps, asked)
+
+    def _proposals(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert self.falsifier is not None
+        with torch.enable_grad():
+            return self.falsifier(model, x.clone(), y.clone()).detach()
+
+    def _budget(self, gone: float) -> Budget:
+        now = time.perf_counter()
+        if self.seconds is None:
+            return Budget(self.nodes, None, None)
+        return Budget(self.nodes, now + self.seconds - gone, now + (self.seconds - gone) / 2)
+
+    def _decide(
+        self, model: nn.Module, network: ReluNetwork, x: Tensor, y: int, proposal: Tensor | None, budget: Budget
+    ) -> Verdict:
+        """One image that the network classifies correctly and interval bounds do not settle."""
+        hunt = Hunt(model, x, y, self.eps, self.seed)
+        witness = hunt.check(x if proposal is None else torch.cat([x.to(proposal), proposal]))
+        if witness is not None:
+            return Verdict(BROKEN, math.nan, 0, witness)
+        ball = outward_box(x.double(), self.eps)
+        targets = hunt.by_margin()
+        classes = int(network.shapes[network.output][0])
+        rows = difference_rows(torch.tensor([y], device=x.device), classes, torch.float64)[0]
+        try:
+            witness = hunt.sweep(targets[:2], 1, QUICK_STEPS, budget.pause)
+            if witness is not None:
+                return Verdict(BROKEN, math.nan, 0, witness)
+            box = network.box(ball, budget.pause, enough=budget.root_is_over)
+        except OutOfBudgetError as limit:
+            return Verdict(limit.status, math.nan, 0)
+        allowed = float(allowance(model, Interval(ball.lower, ball.upper)))
+        found = Search(network, box, rows, sorted(targets), allowed, budget, hunt, self.milp_below).run()
+        if found.margin > hunt.lowest + 1e-6 * max(1.0, abs(hunt.lowest)):
+            raise UnsupportedNetworkError(
+                f"the bound {found.margin:.9g} lies above the reached margin {hunt.lowest:.9g}; please report this network"
+            )
+        return found
+
+
+def _proof(
+    exact: Exact, x: Tensor, predicted: Tensor, answers: list[Verdict], notes: tuple[str, ...] = (), rechecked: int = 0
+) -> Proof:
+    witness = torch.full_like(x, torch.nan, device="cpu")
+    for i, answer in enumerate(answers):
+        if answer.witness is not None:
+            witness[i] = answer.witness[0].cpu()
+    proved = torch.tensor([answer.status == PROVED for answer in answers], dtype=torch.float64)
+    return Proof(
+        radius=proved * float(exact.eps),
+        margin=torch.tensor([answer.margin for answer in answers], dtype=torch.float64),
+        predicted=predicted.cpu(),
+        status=tuple(answer.status for answer in answers),
+        witness=witness,
+        details={"nodes": torch.tensor([answer.nodes for answer in answers], dtype=torch.int64)},
+        notes=notes,
+        rechecked=rechecked,
+    )
+
+
+def exact_radius(
+    model: nn.Module, x: Tensor, y: Tensor, upper: Fraction, tolerance: Fraction, verifier: Exact | None = None
+) -> tuple[Tensor, Tensor]:
+    """Brackets [N], [N] (float64, rounded outwards) of the smallest linf distance at which each answer changes.
+
+    At the first distance `verifier` (default Exact()) proved the sample; at the second there is a witness, inf where none was
+    found up to `upper`. Bisection stops at a bracket of `tolerance`, or when only open questions are left; both are in [0,1]
+    pixel units. A misclassified image has distance 0. Raises as Exact does, and ValueError for a tolerance that is not positive.
+    """
+    if tolerance <= 0 or upper <= 0:
+        raise ValueError(f"exact_radius needs a positive tolerance and upper distance, got {tolerance} and {upper}")
+    tool = verifier or Exact()
+    with torch.no_grad():
+        right = (model(x).argmax(1) == y).tolist()
+    ones = [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+    ends = [_bracket(model, *one, upper, tolerance, tool) if yes else (0.0, 0.0) for one, yes in zip(ones, right)]
+    lower, higher = zip(*ends) if ends else ((), ())
+    return torch.tensor(lower, dtype=torch.float64), torch.tensor(higher, dtype=torch.float64)
+
+
+def _bracket(model: nn.Module, x: Tensor, y: Tensor, upper: Fraction, tolerance: Fraction, tool: Exact) -> tuple[float, float]:
+    proved, unproved, found = Fraction(0), upper, math.inf
+    ask = upper
+    while True:
+        proof = replace(tool, eps=ask)(model, x, y)
+        if proof.status[0] == PROVED:
+            proved = ask
+        else:
+            unproved = ask
+        if proof.witness is not None and proof.status[0] == BROKEN:
+            distance = _distance(proof.witness, x.cpu())
+            unproved, found = min(unproved, distance), min(found, float_above(distance, torch.float64))
+        if unproved - proved <= tolerance or proved == upper:
+            return float_below(proved), found
+        ask = Fraction(float(proved + unproved) / 2)
+
+
+def _distance(witness: Tensor, x: Tensor) -> Fraction:
+    pairs = zip(witness.flatten().tolist(), x.flatten().tolist())
+    return max(abs(Fraction(a) - Fraction(b)) for a, b in pairs)
