@@ -45,7 +45,7 @@ certify: errors files provenance sparsity data threat train build cells checkpoi
 workers      : files cells evaluate run
 screen       : workers
 suite        : files cells models run workers screen
-"""
+"""  # noqa: E501
 
 
 def modules(package: str) -> dict[str, Path]:
