@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from attacks import attack_class, attack_fields
+from attacks import ATTACKS, attack_class, attack_fields, library
 from attacks import names as attack_names
 from verifiers import VERIFIERS
 
@@ -197,8 +197,10 @@ def described_attacks() -> list[dict[str, Any]]:
     out = []
     for name in attack_names():
         found = attack_class(name)
-        one = entry(name, found)
-        if found.__name__ == "Library" and name != "torchattacks":
-            one = {"name": name, "summary": f"torchattacks' {name}: {one['summary']}", "fields": {}}
-        out.append(one)
+        if name in library.NORMS and name not in ATTACKS:
+            norms, steps = " and ".join(library.NORMS[name]), library.STRENGTH.get(name, {})
+            words = f"torchattacks' {name} in {norms}; its parameters are further fields of the entry (steps = 100, say)"
+            out.append({"name": name, "summary": words, "fields": {"seed": 0, **steps}})
+        elif name != "torchattacks":
+            out.append(entry(name, found))
     return out

@@ -187,7 +187,7 @@ def test_every_shipped_name_builds_with_its_defaults_and_is_described(kind: str)
 
 def test_every_attack_is_described_by_its_name() -> None:
     lines = described_attacks()
-    assert [one["name"] for one in lines] == attack_names()
+    assert [one["name"] for one in lines] == [name for name in attack_names() if name != "torchattacks"]
     assert all(one["summary"] for one in lines)
 
 
