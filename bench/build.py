@@ -94,7 +94,7 @@ def _build_attack(name: str, fields: dict[str, Any]) -> Any:
 def _from_outside(kind: str, name: str) -> type:
     where, _, attribute = name.rpartition(":")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except UserError:
         raise
     except Exception as reason:
@@ -107,7 +107,8 @@ def _from_outside(kind: str, name: str) -> type:
     return found
 
 
-def _load_file(path: Path) -> types.ModuleType:
+def load_file(path: Path) -> types.ModuleType:
+    """The module in a Python file of the user's. Raises UserError where there is none, and whatever the file raises."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     name = f"sparsecert_plugin_{path.stem}_{abs(hash(str(path.resolve())))}"

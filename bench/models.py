@@ -108,13 +108,14 @@ def build_model(
         raise unknown("model", name, MODELS)
     first: Layers = OrderedDict()
     if mean or std:
-        first["normalise"] = _normalisation(mean, std, shape[0])
+        first["normalise"] = normalisation(mean, std, shape[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(first | MODELS[name](shape, classes))
 
 
-def _normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> Normalize:
+def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> Normalize:
+    """The first layer for these per-channel numbers (no mean is 0, no std is 1). Raises UserError where they do not fit."""
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"mean and std need one number per channel ({channels}), got {len(mean)} and {len(std)}")

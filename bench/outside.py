@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from verifiers.normalise import Normalize
-
+from .build import load_file
 from .checkpoints import LARGEST_SIDE, MOST_CLASSES, fill
 from .data import Dataset, Split
 from .errors import UserError
-from .models import Shape
+from .models import Shape, normalisation
 
 LARGEST = 4 * 2**30  # bytes of an archive of images, unpacked
 
@@ -46,7 +43,7 @@ def own_network(
     except RuntimeError as reason:
         raise UserError(f"{arch}: its network does not take these weights: {_first(reason)}") from reason
     if mean or std:
-        model = nn.Sequential(OrderedDict(normalise=_normalisation(mean, std, shape[0]), network=model))
+        model = nn.Sequential(OrderedDict(normalise=normalisation(mean, std, shape[0]), network=model))
     _try(model, arch, shape, classes)
     return model.eval().requires_grad_(False)
 
@@ -79,29 +76,12 @@ def _arguments(build: Callable[..., Any], shape: Shape, classes: int) -> tuple[A
 
 
 def _module(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    name = f"sparsecert_arch_{abs(hash(str(path.resolve())))}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return load_file(path)
+    except UserError:
+        raise
     except Exception as reason:
         raise UserError(f"cannot import {path}: {_first(reason)}") from reason
-    return module
-
-
-def _normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> Normalize:
-    mean, std = mean or [0.0] * channels, std or [1.0] * channels
-    if len(mean) != channels or len(std) != channels:
-        raise UserError(f"mean and std need one number per channel ({channels}), got {len(mean)} and {len(std)}")
-    try:
-        return Normalize(mean, std)
-    except ValueError as reason:
-        raise UserError(str(reason)) from reason
 
 
 @torch.no_grad()

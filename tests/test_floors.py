@@ -38,7 +38,7 @@ checkpoints                                : errors files models layouts
 reach                                      : sparsity | verifiers
 passport                                   : errors sparsity reach | verifiers
 health                                     : errors
-outside                                    : errors data models checkpoints | verifiers
+outside                                    : errors data models build checkpoints
 evaluate                                   : errors threat train cells | attacks verifiers
 run          : errors files provenance sparsity data models train build cells phases checkpoints evaluate | leaderboard
 certify: errors files provenance sparsity data threat train build cells checkpoints evaluate run passport health outside | leaderboard
