@@ -115,7 +115,8 @@ class Exact:
             box = network.box(ball, budget.pause, enough=budget.root_is_over)
         except OutOfBudgetError as limit:
             return Verdict(limit.status, math.nan, 0)
-        allowed = float(allowance(model, Interval(ball.lower, ball.upper)))
+        moved = Interval(*map(network.lowered.move, ball))  # the lowered network's layers round otherwise than the original's
+        allowed = max(float(allowance(model, ball)), float(allowance(network.network, moved)))
         found = Search(network, box, rows, sorted(targets), allowed, budget, hunt, self.milp_below).run()
         if found.margin > hunt.lowest + 1e-6 * max(1.0, abs(hunt.lowest)):
             raise UnsupportedNetworkError(
