@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.__main__ import KINDS, main
+from bench.__main__ import main
 from bench.checkpoints import Card, save_checkpoint
+from bench.commands.listing import KINDS
 from bench.models import build_model
 
 
