@@ -257,8 +257,14 @@ def _data(table: dict[str, Any]) -> dict[str, Any]:
         raise unknown("data set", str(name), DATASETS)
     if not isinstance(augment, str) or augment not in AUGMENTATIONS:
         raise unknown("augmentation", str(augment), AUGMENTATIONS)
-    _known_keys(table, ("name", "augment"), "[data]")
-    return {"name": name, "augment": augment}
+    _known_keys(table, ("name", "augment", "train"), "[data]")
+    found = {"name": name, "augment": augment}
+    if "train" not in table:
+        return found
+    count = table["train"]
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"`train` in [data] is how many training images are used, at least 1, got {count!r}")
+    return {**found, "train": count}
 
 
 def _density(value: Any) -> Fraction:

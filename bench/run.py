@@ -149,7 +149,8 @@ def train_cell(
 ) -> nn.Module:
     """The cell's plain pruned network, in eval mode."""
     objective, method = build("objective", cell.objective), build("method", cell.method)
-    training = Training(objective, data.train, cell.budget, cell.seed, cell.data["augment"])
+    images = data.train.first(cell.data["train"]) if "train" in cell.data else data.train
+    training = Training(objective, images, cell.budget, cell.seed, cell.data["augment"])
     model = build_model(cell.arch, data.shape, data.classes, seed=derived_seed(cell.seed, "initial weights")).to(device)
     total, done = max(1, cell.budget.pretrain + cell.budget.prune + cell.budget.finetune), dict[str, int]()
 

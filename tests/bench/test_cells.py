@@ -337,6 +337,7 @@ def test_a_fingerprint_changes_with_every_attack_verifier_and_objective_field(re
         ('objectives = ["pgd"]', 'objectives = "pgd"', "`objectives` of attack 'apgd' must be a list of names, got 'pgd'"),
         ('eps = "0.1"', 'eps = "-0.1"', "eps must not be negative, got -1/10"),
         ('norm = "linf"', 'norm = "l1"', "norm of threat must be one of linf, l2, got 'l1'"),
+        ('name = "digits"', 'name = "digits"\ntrain = 0', "`train` in [data] is how many training images are used"),
         ("[grid]", "[samples]\nevery = 0\n[grid]", "`every` in [samples] must be a positive whole number, got 0"),
         ('[[method]]\nname = "dense"\n[[method]]', "[method]", "write each method as a [[method]] table"),
         ('name = "dense"', 'nome = "dense"', "a method needs a name, got None"),
