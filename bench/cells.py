@@ -7,16 +7,17 @@ import itertools
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from leaderboard.canonical import canonical
+from leaderboard.canonical import canonical, sha256_file
 
 from .build import build, construct, find, fraction, plain
 from .data import AUGMENTATIONS, DATASETS
 from .errors import UserError, unknown
-from .models import MODELS
+from .models import ARCHITECTURES, architecture
 from .threat import Threat
 from .train import Budget
 
@@ -82,8 +83,9 @@ class Cell:
 
     @property
     def id(self) -> str:
+        arch = self.arch.replace("/", "of")  # resnet18@1/16: ids are file names
         words = [
-            f"{self.suite}@{self.version}", self.arch, _slug(self.method["name"]), _slug(self.objective["name"]),
+            f"{self.suite}@{self.version}", arch, _slug(self.method["name"]), _slug(self.objective["name"]),
             f"d{float(self.density):g}", f"s{self.seed}", self.fingerprint[:8],
         ]
         return "-".join(words)
@@ -167,7 +169,7 @@ def _grid(
     grid, data = _table(table, "grid", where), _data(_table(table, "data", where))
     name, base = str(objective.get("name")), _table(table, "budget", where)
     own = {key: value for key, value in objective.items() if key not in ("headline", "budget")}
-    build("objective", own)
+    built = build("objective", own)
     budget = _typed({"budget": {}, **objective}, "budget", dict, f"objective {name!r}")
     asked = [one for one in verifiers if one.objectives is None or name in one.objectives]
     made = [one for one in attacks if one.objectives is None or name in one.objectives]
@@ -180,11 +182,19 @@ def _grid(
     )
     densities = [_density(value) for value in _list(grid, "density", where)]
     for arch, seed in itertools.product(_archs(grid, where), _seeds(grid, where)):
+        _fits_network(built, name, arch)
         for method in methods:
             build("method", method)
             prunes = getattr(find("method", method["name"]), "prunes", True)
             for density in densities if prunes else [Fraction(1)]:
                 yield replace(cell, arch=arch, seed=seed, method=method, density=density)
+
+
+def _fits_network(objective: Any, name: str, arch: str) -> None:
+    """An objective may say which networks it is for (`networks`, patterns of names), at any width."""
+    known = getattr(objective, "networks", ("*",))
+    if not any(fnmatch(arch.partition("@")[0], one) for one in known):
+        raise UserError(f"the objective {name!r} is for {', '.join(known)}, not for {arch!r}; give {arch!r} a suite of its own")
 
 
 def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
@@ -253,18 +263,31 @@ def _samples(table: Any) -> dict[str, Any]:
 
 def _data(table: dict[str, Any]) -> dict[str, Any]:
     name, augment = table.get("name"), table.get("augment", "none")
-    if not isinstance(name, str) or name not in DATASETS:
+    if not isinstance(name, str) or not (name in DATASETS or name.endswith(".npz")):
         raise unknown("data set", str(name), DATASETS)
     if not isinstance(augment, str) or augment not in AUGMENTATIONS:
         raise unknown("augmentation", str(augment), AUGMENTATIONS)
-    _known_keys(table, ("name", "augment", "train"), "[data]")
+    _known_keys(table, ("name", "augment", "train", "extra"), "[data]")
     found = {"name": name, "augment": augment}
+    if name.endswith(".npz"):
+        found["sha256"] = _file_digest(name, "name")
+    if "extra" in table:
+        found |= {"extra": table["extra"], "extra_sha256": _file_digest(table["extra"], "extra")}
     if "train" not in table:
         return found
     count = table["train"]
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise UserError(f"`train` in [data] is how many training images are used, at least 1, got {count!r}")
     return {**found, "train": count}
+
+
+def _file_digest(path: Any, key: str) -> str:
+    """A file's content is part of a cell: other images under the same name are another cell."""
+    if not isinstance(path, str) or not path.endswith(".npz"):
+        raise UserError(f"`{key}` in [data] is a file of images and labels that ends in .npz, got {path!r}")
+    if not Path(path).is_file():
+        raise UserError(f"`{key}` in [data] names {path}, and there is no such file")
+    return sha256_file(Path(path))
 
 
 def _density(value: Any) -> Fraction:
@@ -277,8 +300,9 @@ def _density(value: Any) -> Fraction:
 def _archs(grid: dict[str, Any], where: str) -> list[str]:
     names = _list(grid, "arch", where)
     for name in names:
-        if not isinstance(name, str) or name not in MODELS:
-            raise unknown("model", str(name), MODELS)
+        if not isinstance(name, str):
+            raise unknown("model", str(name), ARCHITECTURES)
+        architecture(name)
     return names
 
 

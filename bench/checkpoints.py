@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .factors import Stored
 from .files import write_whole
 from .layouts import LARGEST, arranged, plain, tensors
-from .models import MODELS, Shape, build_model
+from .models import ARCHITECTURES, Shape, build_model
 
 KEY = "sparsecert"
 LARGEST_SIDE, MOST_CLASSES = 4096, 100_000
@@ -64,6 +65,7 @@ class Loaded:
     card: Card | None
     layout: str
     notes: tuple[str, ...] = ()
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
 
 def read(path: Path, density: Fraction | None = None) -> Loaded:
@@ -74,7 +76,7 @@ def read(path: Path, density: Fraction | None = None) -> Loaded:
     """
     found, card, container = _content(path)
     layout = plain(found, path, density)
-    return Loaded(layout.state, card, ", ".join([container, *layout.words]), tuple(layout.notes))
+    return Loaded(layout.state, card, ", ".join([container, *layout.words]), tuple(layout.notes), layout.stored)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Card | None]:
@@ -187,8 +189,8 @@ def _difference(
 
 
 def guess_arch(state: Mapping[str, Tensor], shape: Shape, classes: int) -> str | None:
-    """The one architecture whose names and shapes are exactly these, if there is one."""
-    for arch in MODELS:
+    """The one architecture, at full width, whose names and shapes are exactly these, if there is one."""
+    for arch in ARCHITECTURES:
         try:
             with torch.device("meta"):
                 model = build_model(arch, shape, classes)

@@ -109,22 +109,26 @@ def evaluate(
     table = {"index": np.asarray(index), "label": y.cpu().numpy(), "predicted": samples.predicted.cpu().numpy()}
     out = Evaluation(pd.DataFrame({name: column.astype(np.int64) for name, column in table.items()}))
     done: list[Assignment] = []
-    for one in sorted(verifiers, key=_costly):
-        if _costly(one) and not out.attempts:
-            _attack_all(attacks, samples, out, done, report)
-        report(one.label)
-        with _timed(out, f"verifier:{one.label}"):
-            _verify(one, samples, out, done)
-        done.append(one)
-        _contradictions(samples, out, done)
-    if not out.attempts:
-        _attack_all(attacks, samples, out, done, report)
+    _verify_all([one for one in verifiers if not _costly(one)], samples, out, done, report)
+    _attack_all(attacks, samples, out, done, report)
+    _verify_all([one for one in verifiers if _costly(one)], samples, out, done, report)
     _decide(out.rows, threat, attacks, verifiers)
     return out
 
 
 def _costly(one: Assignment) -> bool:
     return bool(getattr(one.tool, "costly", False))
+
+
+def _verify_all(
+    verifiers: Sequence[Assignment], samples: _Samples, out: Evaluation, done: list[Assignment], report: Callable[[str], None]
+) -> None:
+    for one in verifiers:
+        report(one.label)
+        with _timed(out, f"verifier:{one.label}"):
+            _verify(one, samples, out, done)
+        done.append(one)
+        _contradictions(samples, out, done)
 
 
 def _attack_all(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .factors import TITLES, Stored, merge_stored
 from .sparsity import kept_of, top_k
 
 LARGEST = 4 * 2**30  # bytes of a checkpoint, packed or unpacked
@@ -40,6 +41,7 @@ class Layout:
     state: dict[str, Tensor]
     words: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stored: dict[str, Stored] = field(default_factory=dict)
 
 
 def plain(found: Any, where: Path, density: Fraction | None = None) -> Layout:
@@ -47,7 +49,7 @@ def plain(found: Any, where: Path, density: Fraction | None = None) -> Layout:
 
     Understands dicts nested under the usual keys, prefixes of wrappers, sparse tensors, half and double precision, pairs of
     torch.nn.utils.prune, masks and scores as parametrizations, and HYDRA's `popup_scores` (Sehwag et al. 2020), for which
-    `density` says what share of each layer is kept. Raises UserError for everything else.
+    `density` says what share of each layer is kept; and the stored forms of `bench.factors`. Raises UserError for all else.
     """
     mapping, words, notes = _unnested(found, where)
     layout = Layout(tensors(mapping, where), words, notes)
@@ -59,6 +61,7 @@ def plain(found: Any, where: Path, density: Fraction | None = None) -> Layout:
     if density is not None and not chosen:
         raise UserError(f"{where} holds no scores that a density could choose from; leave --density out (--claim tests sparsity)")
     _single(layout)
+    _merge_forms(layout, where)
     if all(NUMBERED.fullmatch(name) for name in layout.state):
         layout.words.append("names of a bare nn.Sequential")
     return layout
@@ -279,6 +282,16 @@ def _single(layout: Layout) -> None:
             changed += int((layout.state[name].to(torch.float64) != value.to(torch.float64)).sum())
     if changed:
         layout.notes.append(f"{changed:,} numbers were rounded to float32; what is certified is the rounded network")
+
+
+def _merge_forms(layout: Layout, where: Path) -> None:
+    """Factors and codes become the weights they stand for."""
+    layout.state, layout.stored = merge_stored(layout.state, where, LARGEST)
+    forms = layout.stored.values()
+    for kind in sorted({form.kind for form in forms}):
+        layout.words.append(f"{TITLES[kind]} of {sum(form.kind == kind for form in forms)} weights")
+    if any(form.quantised and form.kind != "plain" for form in forms):
+        layout.words.append("quantised factors")
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

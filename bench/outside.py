@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from .build import load_file
 from .checkpoints import LARGEST_SIDE, MOST_CLASSES, fill
-from .data import Dataset, Split
+from .data import Dataset, Split, train_and_validation
 from .errors import UserError
 from .models import Shape, normalisation
 
 LARGEST = 4 * 2**30  # bytes of an archive of images, unpacked
+ARRAYS = ("x", "y", "x_train", "y_train", "classes")
 
 
 def is_own(arch: str) -> bool:
@@ -99,28 +100,52 @@ def _try(model: nn.Module, arch: str, shape: Shape, classes: int) -> None:
 
 
 def own_data(path: Path, classes: int | None = None) -> Dataset:
-    """The images and labels of an .npz file as the test set of a data set without training images.
+    """The images and labels of an .npz file: x and y are the test set, x_train and y_train, where it has them, for training.
 
     The file holds x, uint8 (0..255) or floating point in [0,1], [N, C, H, W] or [N, H, W]; y, whole numbers [N]; and may hold
-    `classes`. The number of classes is the argument, else the file's, else the largest label + 1. Nothing is unpickled.
+    x_train and y_train of the same kind, and `classes`. A tenth of the training images (5,000 of 50,000 or more) is held out
+    for validation. The number of classes is the argument, else the file's, else the largest label + 1. Nothing is unpickled.
     Raises UserError for anything else.
     """
     arrays = _arrays(path)
-    for name in ("x", "y"):
-        if name not in arrays:
-            raise UserError(f"{path} has no array {name!r}; save it with numpy.savez(path, x=images, y=labels)")
-    images, scale = _images(arrays["x"], path)
-    labels = _labels(arrays["y"], len(images), path)
+    test = _part(arrays, "x", "y", path)
+    has_train = "x_train" in arrays or "y_train" in arrays
+    train = _part(arrays, "x_train", "y_train", path) if has_train else test.nothing()
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(f"{path}: x_train has images of another shape than x; they must be equal")
     if classes is None and "classes" in arrays:
         classes = _count(arrays["classes"], path)
+    largest = int(torch.cat([train.labels, test.labels]).max())
     if classes is None:
-        classes = max(2, int(labels.max()) + 1)
-    if int(labels.max()) >= classes:
-        raise UserError(f"{path}: the label {int(labels.max())} is none of {classes} classes (0 to {classes - 1})")
-    test = Split(images, labels, torch.arange(len(labels)), scale)
-    nothing = Split(images[:0], labels[:0], test.index[:0], scale)
-    channels, height, width = images.shape[1:]
-    return Dataset(path.name, classes, (channels, height, width), nothing, nothing, test)
+        classes = max(2, largest + 1)
+    if largest >= classes:
+        raise UserError(f"{path}: the label {largest} is none of {classes} classes (0 to {classes - 1})")
+    channels, height, width = test.images.shape[1:]
+    return Dataset(path.name, classes, (channels, height, width), *_held_out(train, path), test)
+
+
+def own_training_data(path: Path) -> Dataset:
+    """`own_data` with images to train on. Raises UserError where there are none."""
+    data = own_data(path)
+    if not len(data.train):
+        raise UserError(f"{path} has no arrays x_train and y_train to train on; a suite needs them beside x and y")
+    return data
+
+
+def _held_out(train: Split, path: Path) -> tuple[Split, Split]:
+    if not len(train):
+        return train, train
+    train_at, validation_at = (torch.from_numpy(at) for at in train_and_validation(len(train), str(path)))
+    return train.at(train_at), train.at(validation_at)
+
+
+def _part(arrays: Mapping[str, np.ndarray], x: str, y: str, path: Path) -> Split:
+    for name in (x, y):
+        if name not in arrays:
+            raise UserError(f"{path} has no array {name!r}; save it with numpy.savez(path, {x}=images, {y}=labels)")
+    images, scale = _images(arrays[x], x, path)
+    labels = _labels(arrays[y], y, len(images), path)
+    return Split(images, labels, torch.arange(len(labels)), scale)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -131,34 +156,34 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
                 raise UserError(f"{path} unpacks to more than {LARGEST:,} bytes and is refused")
         with np.load(path, allow_pickle=False) as found:
-            return {name: np.asarray(found[name]) for name in ("x", "y", "classes") if name in found.files}
+            return {name: np.asarray(found[name]) for name in ARRAYS if name in found.files}
     except UserError:
         raise
     except Exception as reason:  # numpy and zipfile raise many kinds for damaged bytes
         raise UserError(f"{path} is not an .npz file of plain arrays: {_first(reason)}") from reason
 
 
-def _images(x: np.ndarray, path: Path) -> tuple[Tensor, float]:
+def _images(x: np.ndarray, name: str, path: Path) -> tuple[Tensor, float]:
     """(images [N, C, H, W], what to divide by)."""
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim != 4 or 0 in x.shape or max(x.shape[1:]) > LARGEST_SIDE:
-        raise UserError(f"{path}: x has shape {x.shape}, expected images [N, C, H, W] or [N, H, W]")
+        raise UserError(f"{path}: {name} has shape {x.shape}, expected images [N, C, H, W] or [N, H, W]")
     if x.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(x)), 255.0
     if x.dtype.kind != "f":
-        raise UserError(f"{path}: x has type {x.dtype}; give uint8 or floating point pixels in [0,1]")
+        raise UserError(f"{path}: {name} has type {x.dtype}; give uint8 or floating point pixels in [0,1]")
     low, high = float(x.min()), float(x.max())
     if not 0 <= low <= high <= 1:  # NaN fails too
-        raise UserError(f"{path}: the pixels x lie in [{low:g}, {high:g}], not in [0,1]; divide them, or save uint8")
+        raise UserError(f"{path}: the pixels {name} lie in [{low:g}, {high:g}], not in [0,1]; divide them, or save uint8")
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), 1.0
 
 
-def _labels(y: np.ndarray, count: int, path: Path) -> Tensor:
+def _labels(y: np.ndarray, name: str, count: int, path: Path) -> Tensor:
     if y.shape != (count,) or y.dtype.kind not in "iu":
-        raise UserError(f"{path}: y has shape {y.shape} and type {y.dtype}, expected {count} whole numbers, one per image")
+        raise UserError(f"{path}: {name} has shape {y.shape} and type {y.dtype}, expected {count} whole numbers, one per image")
     if int(y.min()) < 0 or int(y.max()) >= MOST_CLASSES:
-        raise UserError(f"{path}: the labels y lie in [{int(y.min())}, {int(y.max())}], expected classes from 0")
+        raise UserError(f"{path}: the labels {name} lie in [{int(y.min())}, {int(y.max())}], expected classes from 0")
     return torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
 
 

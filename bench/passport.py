@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from verifiers import UnsupportedNetworkError
 
 from .errors import UserError
+from .factors import BOOK, Stored
 from .reach import Reached, reach
 from .sparsity import layer_counts, prunable, weights
 
 FLOAT = 32  # bits of a plain weight
-BOOK = 256  # distinct values up to which a tensor counts as quantised whatever its code book costs (ATMC: 8 bits)
 PATTERNS = ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (1, 16), (2, 16), (4, 16), (8, 16))
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 8), (1, 4), (16, 1), (8, 1), (4, 1))
 
 
-def passport(model: nn.Module, shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
+def passport(
+    model: nn.Module, shape: tuple[int, int, int] | None = None, stored: Mapping[str, Stored] | None = None
+) -> dict[str, Any]:
     """Exact counts of a plain network's conv and linear weights, as JSON-able numbers; biases and BatchNorm never count.
 
     Keys: kept, total, density (also of `conv` and `linear`), bits (methods.md 6.3, see `size`), reachable (needs the images'
     `shape`, [C, H, W]; {"not_computed": reason} where the network's graph has an operation without a rule), patterns (those
     of N:M that every layer they could apply to has), layers (the same per layer, distinct values and dead units), uncounted
-    (sizes of matrices that are no weight of a Conv2d or Linear layer and appear in none of these numbers).
+    (sizes of matrices that are no weight of a Conv2d or Linear layer and appear in none of these numbers). Where the checkpoint
+    held factors or codes, `stored` (see `stored_form`) counts these; all else is about the merged weights.
     """
     found = weights(model)
     if not found:
@@ -41,7 +44,7 @@ def passport(model: nn.Module, shape: tuple[int, int, int] | None = None) -> dic
     return {
         **_share(counts.values()), **parts, "bits": size(model), "reachable": _reachable(reached, found),
         "patterns": _everywhere(found, {name: layer["patterns"] for name, layer in layers.items()}), "layers": layers,
-        "uncounted": _uncounted(model),
+        "uncounted": _uncounted(model), **({"stored": stored_form(model, stored)} if stored else {}),
     }  # fmt: skip
 
 
@@ -143,12 +146,52 @@ def size(model: nn.Module) -> dict[str, Any]:
     paper: non-zeros and code books alone, as ATMC counts; csr: the same and the bits of `index_bits`. plain: 32 bits for
     every non-zero. Biases and BatchNorm are free of charge.
     """
-    found = weights(model).values()
-    dense = FLOAT * sum(weight.numel() for weight in found)
+    found = list(weights(model).values())
+    return _bits(found, sum(weight.numel() for weight in found))
+
+
+def _bits(found: Iterable[Tensor], total: int) -> dict[str, Any]:
+    """`size` of any tensors, over the `total` weights of a dense network."""
+    found, dense = list(found), FLOAT * total
     kept = [int((weight != 0).sum()) for weight in found]
     values = sum(payload(nnz, distinct(weight)) for nnz, weight in zip(kept, found, strict=True))
     bits = {"plain": FLOAT * sum(kept), "paper": values, "csr": values + sum(index_bits(weight) for weight in found)}
     return {"dense": dense, **bits, "ratio": {name: bits[name] / dense for name in ("paper", "csr")}}
+
+
+# ---- the stored form -------------------------------------------------------------------------------------------------
+
+
+def stored_form(model: nn.Module, stored: Mapping[str, Stored]) -> dict[str, Any]:
+    """Counts of the tensors that a checkpoint really holds (factors, quantised values), over the dense network's size.
+
+    Keys: kept, total, density (may exceed 1), bits (as `size`: each factor is a tensor of its own; the implicit identity, biases
+    and positions in `paper` are free), layers (kind, and per part its shape, kept, distinct values, whether it is quantised).
+    A layer without a stored form counts with its plain weight. Each layer's own stored form is the one that merges to its weight.
+    """
+    found, left = weights(model), list(stored.values())
+    forms = {name: _own_form(weight.cpu(), left) for name, weight in found.items()}
+    tensors = [tensor for form in forms.values() for tensor in form.parts.values()]
+    kept, total = sum(int((tensor != 0).sum()) for tensor in tensors), sum(weight.numel() for weight in found.values())
+    layers = {
+        name: {"kind": form.kind, "parts": {part: _part(form, part) for part in form.parts}} for name, form in forms.items()
+    }
+    return {"kept": kept, "total": total, "density": kept / total, "bits": _bits(tensors, total), "layers": layers}
+
+
+def _own_form(weight: Tensor, left: list[Stored]) -> Stored:
+    for place, form in enumerate(left):
+        if form.shape == weight.shape and torch.equal(form.merged, weight):
+            return left.pop(place)
+    return Stored("plain", {"W": weight})
+
+
+def _part(form: Stored, part: str) -> dict[str, Any]:
+    tensor = form.parts[part]
+    return {
+        "shape": list(tensor.shape), "kept": int((tensor != 0).sum()), "distinct_values": distinct(tensor),
+        "quantised": part in form.quantised,
+    }  # fmt: skip
 
 
 # ---- structure -------------------------------------------------------------------------------------------------------

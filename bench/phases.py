@@ -127,7 +127,7 @@ def phase_key(model: nn.Module, phase: Phase, method: PruningMethod, density: Fr
     facts = (
         str(model),
         (phase.name, phase.epochs, phase.lr, phase.ramp, sorted(phase.trains(model))),
-        identity(training.objective),
+        identity(training.of(phase).objective),
         training.data.digest,
         training.augment,
         _budget_that_matters(training.budget, hooked=not phase.is_plain),

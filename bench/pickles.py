@@ -56,7 +56,7 @@ class _Walk:
 
     def name(self, name: str) -> None:
         if name not in _NAMES:
-            raise ValueError(f"it names {name}, which no CIFAR-10 batch does")
+            raise ValueError(f"it names {name}, which no CIFAR batch does")
         self.push(Inert(name))
 
     def reduce(self) -> None:
@@ -110,7 +110,7 @@ def walk_pickle(content: bytes) -> Any:
     """The value a pickle describes, with every name and call left inert: nothing is imported, built or executed.
 
     Lists, tuples, dicts (keys as text), numbers and strings come as they are, everything else as `Inert`. Raises ValueError
-    and its like where the pickle is not a plain CIFAR-10 batch.
+    and its like where the pickle is not a plain CIFAR batch.
     """
     walk = _Walk()
     for opcode, argument, _ in pickletools.genops(content):
@@ -119,7 +119,7 @@ def walk_pickle(content: bytes) -> Any:
         elif opcode.name in _STEPS:
             _STEPS[opcode.name](walk, argument)
         elif opcode.name not in _SILENT:
-            raise ValueError(f"it uses the pickle code {opcode.name}, which no CIFAR-10 batch does")
+            raise ValueError(f"it uses the pickle code {opcode.name}, which no CIFAR batch does")
     return walk.stack[-1]
 
 
@@ -147,6 +147,3 @@ def array_of(value: Any) -> np.ndarray:
     if not re.fullmatch("[<>=|][iu][1248]", endian + code):
         raise ValueError(f"it holds an array of {endian + code!r}")
     return np.frombuffer(_bytes(data), np.dtype(endian + code)).reshape(shape, order=order)
-
-
-# ---- the JPEG files --------------------------------------------------------------------------------------------------

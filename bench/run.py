@@ -6,14 +6,13 @@ import functools
 import json
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from leaderboard.canonical import digest, sha256_file
@@ -25,12 +24,17 @@ from .checkpoints import Card, network, save_checkpoint
 from .data import Dataset, Split, load
 from .errors import UserError
 from .evaluate import ContradictionError, Evaluation, evaluate
+from .factors import Stored, stored_forms, stored_state
 from .files import make_folder, write_json, write_whole
 from .models import build_model
+from .outside import own_data, own_training_data
+from .passport import stored_form
 from .phases import fit
 from .provenance import code_digest, provenance, source_digest
-from .sparsity import kept_of, layer_counts
+from .selfcheck import stamp
+from .sparsity import budget_of, kept_of, layer_counts
 from .train import Training, derived_seed, nothing
+from .witnesses import save_witnesses, witnesses
 
 SCHEMA = 1
 
@@ -78,8 +82,12 @@ def pick_device(name: str) -> torch.device:
 
 
 @functools.lru_cache(maxsize=2)
-def dataset(name: str, data_dir: str | None, device: torch.device) -> Dataset:
-    return load(name, data_dir).to(device)
+def dataset(name: str, data_dir: str | None, device: torch.device, extra: str | None = None) -> Dataset:
+    """A data set by name or from a file.npz, with the pseudo-labelled images of another one beside its training images."""
+    if extra is None:
+        return (own_training_data(Path(name)) if name.endswith(".npz") else load(name, data_dir)).to(device)
+    data = dataset(name, data_dir, device)
+    return replace(data, train=data.train.with_extra(own_data(Path(extra), data.classes).test.to(device)))
 
 
 def stored_record(cell: Cell, folders: Folders) -> dict[str, Any] | None:
@@ -112,8 +120,8 @@ def plugin_digests(cell: Cell) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def chosen_samples(cell: Cell, test: Split) -> Split:
-    rule = cell.samples
+def chosen_samples(rule: Mapping[str, Any], test: Split) -> Split:
+    """The test images of a suite's rule, such as {"rule": "first", "value": 500}."""
     if rule["rule"] == "first":
         return test.first(rule["value"])
     return test.every(rule["value"]) if rule["rule"] == "every" else test
@@ -129,25 +137,25 @@ def run_cell(
     """
     folders.make()
     start = time.perf_counter()
-    data = dataset(cell.data["name"], data_dir, device)
-    model = train_cell(cell, data, device, folders.phases, lambda share, what: report(0.85 * share, what))
+    data = dataset(cell.data["name"], data_dir, device, cell.data.get("extra"))
+    model, stored = train_cell(cell, data, device, folders.phases, lambda share, what: report(0.85 * share, what))
     trained = time.perf_counter()
-    samples = chosen_samples(cell, data.test)
+    samples = chosen_samples(cell.samples, data.test)
     index = samples.index.tolist()
     try:
         x, y = samples.pixels(), samples.labels
         out = evaluate(model, x, y, index, cell.threat, cell.attacks, cell.verifiers, lambda what: report(0.9, what))
     except ContradictionError as found:
-        keep_contradiction(found, cell.id, model, folders)
+        keep_contradiction(found, Card(cell.arch, data.shape, data.classes, data.name), cell.id, model, folders)
         raise
     out.seconds = {"train": round(trained - start, 4), **out.seconds}
-    return write_record(cell, folders, data, samples, model, out, device)
+    return write_record(cell, folders, data, samples, model, stored, out, device)
 
 
 def train_cell(
     cell: Cell, data: Dataset, device: torch.device, store: Path | None, report: Callable[[float, str], None] = nothing
-) -> nn.Module:
-    """The cell's plain pruned network, in eval mode."""
+) -> tuple[nn.Module, dict[str, Stored]]:
+    """(the cell's plain pruned network, in eval mode; what its method stored in place of weights)."""
     objective, method = build("objective", cell.objective), build("method", cell.method)
     images = data.train.first(cell.data["train"]) if "train" in cell.data else data.train
     training = Training(objective, images, cell.budget, cell.seed, cell.data["augment"])
@@ -160,12 +168,19 @@ def train_cell(
 
     state = fit(model, method, cell.density, training, store, progress)
     card = Card(cell.arch, data.shape, data.classes, data.name)
-    return network(state, card, Path(cell.id)).to(device)
+    return network(state, card, Path(cell.id)).to(device), stored_forms(model)
 
 
-def sparsity_of(model: nn.Module, cell: Cell) -> tuple[dict[str, Any], list[str]]:
-    """(the record's sparsity block, warnings): counted on the plain network, held against what the method promised."""
-    counts = layer_counts(model)
+def sparsity_of(
+    model: nn.Module, cell: Cell, stored: Mapping[str, Stored] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """(the record's sparsity block, warnings): counted on what is stored, held against what the method promised.
+
+    Where the method stored factors or codes, the plain network's own counts stand beside, under `merged`.
+    """
+    plain, found = layer_counts(model), stored_form(model, stored or {})
+    kept_in = {name: sum(part["kept"] for part in layer["parts"].values()) for name, layer in found["layers"].items()}
+    counts = {name: (kept_in[name], total) for name, (_, total) in plain.items()}
     method = build("method", cell.method)
     warnings = []
     if getattr(method, "scope", None) == "per layer":
@@ -175,25 +190,39 @@ def sparsity_of(model: nn.Module, cell: Cell) -> tuple[dict[str, Any], list[str]
                 raise UserError(f"{cell.id}: the method kept {kept} weights of {name}, density {cell.density} allows {allowed}")
             if kept < allowed:
                 warnings.append(f"{name} has {kept} non-zero weights of the {allowed} that density {cell.density} allows")
+    if getattr(method, "scope", "").startswith("global"):
+        kept, total = map(sum, zip(*counts.values(), strict=True))
+        allowed = budget_of(total, cell.density)
+        if kept > allowed:
+            raise UserError(f"{cell.id}: the method kept {kept} of {total} weights, density {cell.density} allows {allowed}")
+        if kept < allowed:
+            warnings.append(f"{kept} non-zero weights of the {allowed} that density {cell.density} allows")
     block = {
         "scope": getattr(method, "scope", "whole network"),
         "requested": str(cell.density),
         "kept": sum(kept for kept, _ in counts.values()),
         "total": sum(total for _, total in counts.values()),
         "layers": {name: list(count) for name, count in counts.items()},
+        "bits": found["bits"],
     }
+    if stored:
+        block["merged"] = {"kept": sum(kept for kept, _ in plain.values()), "layers": {n: list(one) for n, one in plain.items()}}
     return block, warnings
 
 
 def write_record(
-    cell: Cell, folders: Folders, data: Dataset, samples: Split, model: nn.Module, out: Evaluation, device: torch.device
+    cell: Cell, folders: Folders, data: Dataset, samples: Split, model: nn.Module, stored: Mapping[str, Stored],
+    out: Evaluation, device: torch.device,
 ) -> dict[str, Any]:
     """Weights and verdict rows first, the record last: a record on disk is a whole one."""
-    sparsity, warnings = sparsity_of(model, cell)
+    sparsity, warnings = sparsity_of(model, cell, stored)
+    warnings += [f"{data.name}: {data.note}"] if data.note else []
     weights, rows = folders.checkpoints / f"{cell.id}.safetensors", folders.records / f"{cell.id}.parquet"
     card = Card(cell.arch, data.shape, data.classes, data.name, facts={"cell": cell.id})
     save_checkpoint(weights, model.state_dict(), card)
+    kept = _write_stored(folders.checkpoints / f"{cell.id}.stored.safetensors", model, stored, card)
     write_whole(rows, lambda temporary: out.rows.to_parquet(temporary, index=False))
+    witnessed = _write_witnesses(folders.records / f"{cell.id}.witnesses.safetensors", out)
     before = stored_record(cell, folders)
     described = cell.as_json()
     record = {
@@ -204,10 +233,12 @@ def write_record(
         "samples": {"rule": _rule(cell), "n": len(samples), "digest": samples.digest},
         "evidence": {
             "verdicts": rows.name, "verdicts_sha256": sha256_file(rows),
-            "weights": f"../checkpoints/{weights.name}", "weights_sha256": sha256_file(weights),
+            "weights": f"../checkpoints/{weights.name}", "weights_sha256": sha256_file(weights), **kept, **witnessed,
         },
         "checks": {"rechecked_in_float64": out.rechecked, "lowering": out.lowering, "warnings": [*warnings, *out.warnings]},
-        "provenance": {**provenance(device, data.digest), "plugins": plugin_digests(cell)},
+        "provenance": {
+            **provenance(device, data.digest), "plugins": plugin_digests(cell), "selfcheck": stamp(folders.root, device),
+        },
         "supersedes": None if before is None else before["digest"],
         "timing": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": out.seconds,
@@ -222,15 +253,34 @@ def write_record(
     return record
 
 
+def _write_stored(path: Path, model: nn.Module, stored: Mapping[str, Stored], card: Card) -> dict[str, str]:
+    """The record's entries for the checkpoint in its stored form; none where the plain weights are what is stored."""
+    if not stored:
+        path.unlink(missing_ok=True)  # of an earlier record of the cell
+        return {}
+    save_checkpoint(path, stored_state(model.state_dict(), stored), card)
+    return {"stored": f"../checkpoints/{path.name}", "stored_sha256": sha256_file(path)}
+
+
+def _write_witnesses(path: Path, out: Evaluation) -> dict[str, str]:
+    """The record's entries for the images that broke its samples; none where no sample is broken."""
+    found = witnesses(out)
+    if not found:
+        path.unlink(missing_ok=True)  # of an earlier record of the cell
+        return {}
+    save_witnesses(path, found)
+    return {"witnesses": path.name, "witnesses_sha256": sha256_file(path)}
+
+
 def _rule(cell: Cell) -> str:
     return cell.samples["rule"] if "value" not in cell.samples else f"{cell.samples['rule']} {cell.samples['value']}"
 
 
-def keep_contradiction(found: ContradictionError, name: str, model: nn.Module, folders: Folders) -> Path:
-    """The facts, the image, the witness and the weights, so that anyone can run the witness again."""
+def keep_contradiction(found: ContradictionError, card: Card, name: str, model: nn.Module, folders: Folders) -> Path:
+    """The facts, the image, the witness, the weights and what network they are of, so that anyone can run the witness again."""
     folder = make_folder(folders.contradictions)
-    tensors = {"image": found.image.contiguous(), "witness": found.witness.contiguous()}
-    tensors |= {f"weights.{key}": value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_whole(folder / f"{name}.safetensors", lambda temporary: save_file(tensors, temporary))
+    tensors = {"image": found.image, "witness": found.witness}
+    tensors |= {f"weights.{key}": value for key, value in model.state_dict().items()}
+    save_checkpoint(folder / f"{name}.safetensors", tensors, card)
     write_json(folder / f"{name}.json", found.facts)
     return folder / f"{name}.json"

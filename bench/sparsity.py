@@ -39,6 +39,8 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
     No synchronisation with the device. scores: any shape, finite.
     """
     flat = scores.detach().flatten()
+    if keep == 0:
+        return torch.zeros_like(flat).view_as(scores)
     threshold = flat.kthvalue(flat.numel() - keep + 1).values
     above, equal = flat > threshold, flat == threshold
     pruned_equals = equal.sum() - (keep - above.sum())
@@ -49,6 +51,31 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
 def keep_largest(scores: Mapping[str, Tensor], density: Fraction) -> Masks:
     """Per layer, a mask of its K_l = n_l - floor((1 - density) n_l) largest scores."""
     return {name: top_k(score, kept_of(score.numel(), density)) for name, score in scores.items()}
+
+
+def budget_of(size: int, density: Fraction) -> int:
+    """How many of a whole network's `size` weights survive: floor(density size), in exact arithmetic.
+
+    Raises ValueError where that is none.
+    """
+    keep = floor(density * size)
+    if keep == 0:
+        raise ValueError(f"density {density} keeps none of the network's {size} weights; ask for at least 1/{size}")
+    return keep
+
+
+def keep_largest_of_all(scores: Mapping[str, Tensor], keep: int) -> Masks:
+    """Over all layers jointly, a mask of the `keep` largest scores; of equal ones the earlier go first."""
+    flat = top_k(torch.cat([score.detach().flatten() for score in scores.values()]), keep)
+    parts = flat.split([score.numel() for score in scores.values()])
+    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+@torch.no_grad()
+def keep_only_largest_(tensors: Mapping[str, Tensor], keep: int) -> None:
+    """Make the tensors the closest ones (in l2) of which, all together, `keep` entries are non-zero."""
+    for name, mask in keep_largest_of_all({name: tensor.abs() for name, tensor in tensors.items()}, keep).items():
+        tensors[name].mul_(mask)
 
 
 class Mask(nn.Module):
@@ -62,6 +89,23 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
+
+
+class _DenseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class OpenMask(Mask):
+    """weight * mask, yet masked weights get the dense gradient too: methods that grow weights back rank by it."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _DenseGradient.apply(weight, self.mask)
 
 
 class _StraightThroughTopK(torch.autograd.Function):
@@ -90,9 +134,13 @@ class TopKScores(nn.Module):
 
 
 def attach(layer: nn.Module, part: nn.Module) -> nn.Module:
-    """Make `part` compute the layer's weight; a part attached before is removed, the underlying dense weight stays."""
+    """Make `part` compute the layer's weight; a part attached before is removed, the underlying dense weight stays.
+
+    Where that part made the weight from factors, the weight they made stays.
+    """
     if parametrize.is_parametrized(layer, "weight"):
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        factors = not layer.parametrizations.weight.is_tensor  # type: ignore[union-attr, operator]
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=factors)
     parametrize.register_parametrization(layer, "weight", part)
     return part
 
@@ -105,13 +153,15 @@ def mask_layers(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def rescale_(model: nn.Module, density: Fraction) -> None:
+def rescale_(model: nn.Module, density: Fraction | None = None) -> None:
     """Multiply the dense weights under the masks by density^-1/2, so that a sparse layer starts with a dense one's variance.
 
-    Without it sparse networks without BatchNorm are dead at initialisation.
+    Without it sparse networks without BatchNorm are dead at initialisation. Without a density, by each layer's own kept share.
     """
     for layer in prunable(model).values():
-        layer.parametrizations.weight.original.mul_(1 / sqrt(density))
+        own = layer.parametrizations.weight
+        kept = max(own[0].mask.mean().item(), 1 / own.original.numel()) if density is None else density
+        own.original.mul_(1 / sqrt(kept))
 
 
 def is_attached(model: nn.Module) -> bool:

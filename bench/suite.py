@@ -13,8 +13,9 @@ from rich.console import Console
 from .cells import Cell, Suite
 from .files import make_folder, sweep
 from .models import build_model
-from .run import Folders, dataset, is_current, stored_record
+from .run import Folders, dataset, is_current, pick_device, stored_record
 from .screen import LiveScreen
+from .selfcheck import gate
 from .workers import Job, Outcome, run_cells
 
 
@@ -26,17 +27,18 @@ class Finished:
     records: dict[str, dict[str, Any]]
     outcome: Outcome
     skipped: int
+    refused: bool = False
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 1 a cell failed, 3 a certificate was contradicted."""
-        return 3 if self.outcome.contradicted else 1 if self.outcome.failed else 0
+        """0 all done, 1 a cell failed, 3 a certificate was contradicted or known answers were missed, so that nothing ran."""
+        return 3 if self.outcome.contradicted or self.refused else 1 if self.outcome.failed else 0
 
 
 def check_ready(suite: Suite, data_dir: str | None) -> None:
     """Raises UserError, before anything runs, for data that is not there or images that a network does not admit."""
-    for name, arch in sorted({(cell.data["name"], cell.arch) for cell in suite.cells}):
-        data = dataset(name, data_dir, torch.device("cpu"))
+    for name, extra, arch in {(cell.data["name"], cell.data.get("extra"), cell.arch): None for cell in suite.cells}:
+        data = dataset(name, data_dir, torch.device("cpu"), extra)
         with torch.device("meta"):
             build_model(arch, data.shape, data.classes)
 
@@ -63,6 +65,12 @@ def run_suite(
     if records and todo:
         console.print(f"{len(records)} of {len(chosen)} cells are on record already", highlight=False)
     outcome = Outcome()
+    checked = gate(folders.root, pick_device(job.device)) if todo else None
+    if checked is not None:
+        console.print(checked.sentence, highlight=False, markup=False, soft_wrap=True)
+        if checked.failed:
+            refusal = Outcome(failed=dict.fromkeys(todo, checked.sentence))
+            return Finished(folders.root, records, refusal, len(records), refused=True)
     if todo:
         with LiveScreen(console, len(todo), len(records)) as screen:
             outcome = run_cells(job, todo, workers, screen)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -21,11 +23,15 @@ class TrainingDivergedError(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a phase stands. `ramp` goes 0 to 1 over its first ramp_steps steps; eps schedules multiply by it."""
+    """Where a phase stands. `ramp` goes 0 to 1 over its first ramp_steps steps; eps schedules multiply by it.
+
+    `epochs` counts the passes over the data that the steps make up.
+    """
 
     step: int
     steps: int
     ramp_steps: int = 0
+    epochs: int = 1
 
     @property
     def ramp(self) -> float:
@@ -35,11 +41,41 @@ class Progress:
     def fraction(self) -> float:
         return self.step / max(1, self.steps)
 
+    @property
+    def epoch(self) -> int:
+        return self.step * self.epochs // max(1, self.steps)
+
+    @property
+    def ramp_epochs(self) -> int:
+        """The ramp in whole epochs, for schedules that move once per epoch."""
+        return round(self.ramp_steps * self.epochs / max(1, self.steps))
+
 
 class Objective(Protocol):
-    """A frozen dataclass: the loss of one batch. x: float32 [N, C, H, W] in [0,1], y: int64 [N]; returns a scalar."""
+    """A frozen dataclass: the loss of one batch. x: float32 [N, C, H, W] in [0,1], y: int64 [N]; returns a scalar.
+
+    With a field `replays`, the loop meets every batch so many times, an optimizer step each, in as many fewer epochs. With a
+    method `moved` too, it is given the images plus a perturbation that lives from step to step (see `Carrying`).
+    """
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor: ...
+
+
+class Carrying(Objective, Protocol):
+    """An objective whose perturbation [batch, C, H, W] lives in the loop, is saved with it, and starts as zeros."""
+
+    renewed: bool  # zeros again in every epoch
+
+    def moved(self, perturbation: Tensor, gradient: Tensor) -> Tensor:
+        """The next perturbation, from the gradient of the step's loss with respect to the last one."""
+
+
+@dataclass(frozen=True)
+class Benign:
+    """Cross-entropy on clean images: the reference without robustness."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        return F.cross_entropy(model(x), y)
 
 
 @dataclass(frozen=True)
@@ -71,6 +107,7 @@ class Phase:
     after_backward: Callable[[Step], None] = nothing
     after_step: Callable[[Step], None] = nothing
     after_epoch: Callable[[Step], None] = nothing
+    objective: Objective | None = None  # None: the suite's
 
     @property
     def is_plain(self) -> bool:
@@ -79,9 +116,18 @@ class Phase:
         return self.penalty is None and all(hook is nothing for hook in hooks)
 
 
+CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("cosine", "step", "one-cycle"), "precision": ("float32", "bf16")}
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Epochs and learning rates: the suite's, equal for all methods. `ramp` is the share of pre-training that ramps eps."""
+    """Epochs, learning rates, optimizer and speed: the suite's, equal for all methods.
+
+    `ramp` is the share of pre-training that ramps eps. `schedule` is cosine (to 0), step (times lr_drop after each of the
+    milestones, which are shares of a phase) or one-cycle (up for 30 %, then down; Smith & Topin 2019). Without decay_all,
+    BatchNorm and biases have no weight decay. gradient_clip is the largest norm of a step's gradient, 0 for no limit. precision
+    bf16 computes training in mixed precision, never a certificate; channels_last and compile change results by rounding only.
+    """
 
     pretrain: int = 100
     prune: int = 20
@@ -94,12 +140,28 @@ class Budget:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     ramp: float = 0.6
+    nesterov: bool = False
+    decay_all: bool = True
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    lr_drop: float = 0.1
+    gradient_clip: float = 0.0
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("sgd", "adam"):
-            raise ValueError(f"optimizer is sgd or adam, got {self.optimizer!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {', '.join(known[:-1])} or {known[-1]}, got {getattr(self, name)!r}")
         if min(self.pretrain, self.prune, self.finetune) < 0 or self.batch < 1 or not 0 <= self.ramp <= 1:
             raise ValueError("a budget needs epochs >= 0, batch >= 1 and a ramp between 0 and 1")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum <= 0):
+            raise ValueError(f"nesterov needs sgd with momentum, got {self.optimizer} with momentum {self.momentum}")
+        if not all(isinstance(share, int | float) and 0 < share < 1 for share in self.milestones):
+            raise ValueError(f"milestones are shares of a phase between 0 and 1, got {self.milestones}")
+        if not (self.gradient_clip >= 0 and self.lr_drop > 0):
+            raise ValueError(f"gradient_clip is >= 0 and lr_drop > 0, got {self.gradient_clip} and {self.lr_drop}")
 
 
 @dataclass(frozen=True)
@@ -116,22 +178,45 @@ class Training:
         return batches(self.data, self.budget.batch, generator, self.augment)
 
     @property
+    def benign(self) -> Training:
+        """The same training with the benign objective, for methods that score or train without robustness."""
+        return replace(self, objective=Benign())
+
+    @property
+    def replays(self) -> int:
+        """How many optimizer steps the objective takes on each batch."""
+        return int(getattr(self.objective, "replays", 1))
+
+    @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data) / self.budget.batch)
+        """Optimizer steps of one pass over the data."""
+        return self.replays * math.ceil(len(self.data) / self.budget.batch)
+
+    def passes(self, phase: Phase) -> int:
+        """Passes over the data that a phase of so many epochs makes: the replays share them."""
+        return math.ceil(phase.epochs / self.replays)
+
+    def progress(self, phase: Phase, step: int) -> Progress:
+        steps = self.passes(phase) * self.steps_per_epoch
+        return Progress(step, steps, round(phase.ramp * steps), self.passes(phase))
 
     def pretrain(self) -> Phase:
-        return Phase("pretrain", self.budget.pretrain, self.budget.lr, ramp=self.budget.ramp)
+        return Phase("pretrain", self.budget.pretrain, self.budget.lr, ramp=self.budget.ramp, objective=self.objective)
 
     def prune(self, trains: Callable[[nn.Module], set[str]] = all_parameters) -> Phase:
-        return Phase("prune", self.budget.prune, self.budget.prune_lr, trains=trains)
+        return Phase("prune", self.budget.prune, self.budget.prune_lr, trains=trains, objective=self.objective)
 
     def finetune(self) -> Phase:
-        return Phase("finetune", self.budget.finetune, self.budget.finetune_lr)
+        return Phase("finetune", self.budget.finetune, self.budget.finetune_lr, objective=self.objective)
 
     def train(self) -> Phase:
         """For methods that train from scratch: all epochs of the budget in one phase."""
         epochs = self.budget.pretrain + self.budget.prune + self.budget.finetune
-        return Phase("train", epochs, self.budget.lr, ramp=self.budget.ramp)
+        return Phase("train", epochs, self.budget.lr, ramp=self.budget.ramp, objective=self.objective)
+
+    def of(self, phase: Phase) -> Training:
+        """The training that this phase runs under: with its own objective where it has one."""
+        return self if phase.objective is None else replace(self, objective=phase.objective)
 
 
 class PruningMethod(Protocol):
@@ -164,6 +249,7 @@ class _Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     order: torch.Generator
     epoch: int = 0
+    perturbation: Tensor | None = None
 
     def state(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -175,6 +261,7 @@ class _Run:
             "noise": torch.get_rng_state(),
             "noise_cuda": cuda,
             "epoch": self.epoch,
+            "perturbation": self.perturbation,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -186,23 +273,75 @@ class _Run:
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all([one.cpu() for one in state["noise_cuda"]])
         self.epoch = state["epoch"]
+        self.perturbation = state["perturbation"]
+
+    def carried(self, x: Tensor) -> Tensor:
+        """The perturbation of this batch, as a leaf that takes a gradient."""
+        if self.perturbation is None:
+            self.perturbation = torch.zeros_like(x)  # the first batch of an epoch is the largest
+        self.perturbation = self.perturbation.to(x.device)
+        return self.perturbation[: len(x)].clone().requires_grad_()
 
 
-def _start(model: nn.Module, phase: Phase, training: Training, seed: int) -> _Run:
+def _start(model: nn.Module, phase: Phase, training: Training) -> _Run:
     chosen = phase.trains(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    budget, steps = training.budget, max(1, phase.epochs * training.steps_per_epoch)
-    optimizer: torch.optim.Optimizer
-    if budget.optimizer == "adam":
-        optimizer = torch.optim.Adam(moving, lr=phase.lr, weight_decay=budget.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(moving, phase.lr, momentum=budget.momentum, weight_decay=budget.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    torch.manual_seed(derived_seed(seed, phase.name, "noise"))
-    order = torch.Generator().manual_seed(derived_seed(seed, phase.name, "order"))
+    if training.budget.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = _optimizer(model, phase.lr, training.budget)
+    schedule = _schedule(optimizer, phase.lr, max(1, training.progress(phase, 0).steps), training.budget)
+    torch.manual_seed(derived_seed(training.seed, phase.name, "noise"))
+    order = torch.Generator().manual_seed(derived_seed(training.seed, phase.name, "order"))
     return _Run(model, optimizer, schedule, order)
+
+
+def _optimizer(model: nn.Module, lr: float, budget: Budget) -> torch.optim.Optimizer:
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    free = set() if budget.decay_all else _norms_and_biases(model)
+    groups = [
+        {"params": [one for one in moving if one not in free], "weight_decay": budget.weight_decay},
+        {"params": [one for one in moving if one in free], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if budget.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=lr)
+    return torch.optim.SGD(groups, lr, momentum=budget.momentum, nesterov=budget.nesterov)
+
+
+def _norms_and_biases(model: nn.Module) -> set[Tensor]:
+    found: set[Tensor] = set()
+    for module in model.modules():
+        norm = isinstance(module, nn.modules.batchnorm._NormBase)
+        found.update(value for name, value in module.named_parameters(recurse=False) if norm or name == "bias")
+    return found
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, lr: float, steps: int, budget: Budget
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate as a function of the step, over all steps of a phase."""
+    if budget.schedule == "step":
+        milestones = [round(share * steps) for share in budget.milestones]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, budget.lr_drop)
+    if budget.schedule == "one-cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+@contextmanager
+def _compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The network's forward is compiled inside, and as it was outside; bounds walk its graph and never meet the compiled one."""
+    if not wanted:
+        yield
+        return
+    # model.compile() would not do: dynamo passes over frames of torch.nn itself, and so over a whole nn.Sequential
+    model._compiled_call_impl = torch.compile(lambda *inputs: type(model).forward(model, *inputs))
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
+        torch.compiler.reset()  # what was compiled counts against a limit of 8, above which dynamo gives up silently
 
 
 def run_phase(
@@ -218,21 +357,23 @@ def run_phase(
     """
     if phase.epochs == 0:
         return
-    snapshots = snapshots or Snapshots()
-    run = _start(model, phase, training, training.seed)
+    training = training.of(phase)
+    snapshots, epochs = snapshots or Snapshots(), training.passes(phase)
+    run = _start(model, phase, training)
     saved = snapshots.load()
     if saved is not None:
         run.restore(saved)
-    while run.epoch < phase.epochs:
-        loss = _epoch(run, phase, training)
-        run.epoch += 1
-        if not math.isfinite(loss):
-            raise TrainingDivergedError(
-                f"the loss is {loss} in epoch {run.epoch} of phase {phase.name!r}; lower its learning rate ({phase.lr})"
-            )
-        report(phase.name, run.epoch, phase.epochs, loss)
-        if run.epoch < phase.epochs:
-            snapshots.save(run.state)
+    with _compiled(model, training.budget.compile):
+        while run.epoch < epochs:
+            loss = _epoch(run, phase, training)
+            run.epoch += 1
+            if not math.isfinite(loss):
+                raise TrainingDivergedError(
+                    f"the loss is {loss} in epoch {run.epoch} of phase {phase.name!r}; lower its learning rate ({phase.lr})"
+                )
+            report(phase.name, run.epoch, epochs, loss)
+            if run.epoch < epochs:
+                snapshots.save(run.state)
 
 
 def _fill_cache(model: nn.Module) -> None:
@@ -245,26 +386,48 @@ def _fill_cache(model: nn.Module) -> None:
 
 def _epoch(run: _Run, phase: Phase, training: Training) -> float:
     """One pass over the data; returns the mean loss (the only synchronisation with the device)."""
-    model, optimizer = run.model, run.optimizer
-    model.train()
-    steps = phase.epochs * training.steps_per_epoch
+    run.model.train()
+    if getattr(training.objective, "renewed", False):
+        run.perturbation = None
     step = run.epoch * training.steps_per_epoch
     total: Tensor | float = 0.0
     for x, y in training.batches(run.order):
-        progress = Progress(step, steps, round(phase.ramp * steps))
-        optimizer.zero_grad(set_to_none=True)
-        with parametrize.cached():  # effective weights are computed once per step, not once per forward pass
-            _fill_cache(model)
-            loss = training.objective(model, x, y, progress)
+        if training.budget.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        for _ in range(training.replays):
+            total = total + _step(run, phase, training, x, y, training.progress(phase, step))
+            step += 1
+    phase.after_epoch(Step(run.model, run.optimizer, training.progress(phase, step)))
+    return float(total) / training.steps_per_epoch
+
+
+def _step(run: _Run, phase: Phase, training: Training, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+    """One optimizer step, and one of the perturbation where the objective carries one; returns the loss."""
+    model, optimizer, objective = run.model, run.optimizer, training.objective
+    optimizer.zero_grad(set_to_none=True)
+    carried = run.carried(x) if hasattr(objective, "moved") else None
+    seen = x if carried is None else (x + carried).clamp(0, 1)
+    with parametrize.cached():  # effective weights are computed once per step, not once per forward pass
+        _fill_cache(model)
+        with _mixed(x.device, training.budget):
+            loss = objective(model, seen, y, progress)
             if phase.penalty is not None:
                 loss = loss + phase.penalty(model, x, y)
-            loss.backward()
-        now = Step(model, optimizer, progress)
-        phase.after_backward(now)
-        optimizer.step()
-        run.schedule.step()
-        phase.after_step(now)
-        total = total + loss.detach()
-        step += 1
-    phase.after_epoch(Step(model, optimizer, Progress(step, steps, round(phase.ramp * steps))))
-    return float(total) / training.steps_per_epoch
+        loss.backward()
+    if carried is not None:
+        assert run.perturbation is not None
+        assert carried.grad is not None
+        run.perturbation[: len(x)] = objective.moved(carried.detach(), carried.grad)  # type: ignore[attr-defined]
+    now = Step(model, optimizer, progress)
+    phase.after_backward(now)
+    if training.budget.gradient_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.budget.gradient_clip)
+    optimizer.step()
+    run.schedule.step()
+    phase.after_step(now)
+    return loss.detach()
+
+
+def _mixed(device: torch.device, budget: Budget) -> torch.autocast:
+    """Mixed precision where asked for. Not cached: a weight first met under no_grad would be cached without its gradient."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=budget.precision == "bf16", cache_enabled=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leaderboard import row_checks
 from leaderboard.canonical import digest, sha256_file
 from leaderboard.errors import RecordError
-from leaderboard.record import Record, read, record_files
+from leaderboard.record import Layers, Record, read, record_files
 from leaderboard.stats import metrics_of, number
 
 if TYPE_CHECKING:
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 def check(record: Record, folder: str | Path) -> list[str]:
     """Every problem found with a record in the `records` folder it lies in, one sentence each; empty where it holds.
 
-    Digest, evidence digests, metrics derived again, verdict rows (see `row_checks`), and, where the weights file is
-    present, non-zero weights counted again.
+    Digest, evidence digests, metrics derived again, verdict rows (see `row_checks`), and, where the weights files are
+    present, their non-zeros counted again: those of the plain weights and those of the stored form.
     """
     folder = Path(folder)
-    problems = [*_digest(record), *_sparsity(record), *_weights(record, folder), *_verdict_digest(record, folder)]
+    problems = [*_digest(record), *_sparsity(record), *_weights(record, folder)]
+    problems += [*_verdict_digest(record, folder), *_witness_digest(record, folder)]
     try:
         rows = record.verdicts(folder)
     except RecordError as error:
@@ -56,6 +57,13 @@ def _verdict_digest(record: Record, folder: Path) -> Iterator[str]:
     path = folder / record.evidence.verdicts
     if path.is_file() and sha256_file(path) != record.evidence.verdicts_sha256:
         yield f"{path.name} is not the verdict table that was recorded: its sha256 differs from verdicts_sha256"
+
+
+def _witness_digest(record: Record, folder: Path) -> Iterator[str]:
+    name = record.evidence.witnesses
+    path = folder / (name or "")
+    if path.is_file() and sha256_file(path) != record.evidence.witnesses_sha256:  # like weights, they need not travel along
+        yield f"{path.name} is not the file of witnesses that was recorded: its sha256 differs from witnesses_sha256"
 
 
 def _samples(record: Record, rows: pd.DataFrame) -> Iterator[str]:
@@ -97,37 +105,88 @@ def _sparsity(record: Record) -> Iterator[str]:
         yield f"sparsity says {block.kept} of {block.total} weights kept, but its layers sum to {kept} of {total}"
     if number(block.requested) != number(record.cell.density):
         yield f"sparsity.requested is {block.requested}, but the cell asks for density {record.cell.density}"
+    yield from _bits(record)
+    if block.merged is not None:
+        merged = sum(counts[0] for counts in block.merged.layers.values())
+        if block.merged.kept != merged:
+            yield f"sparsity.merged says {block.merged.kept} weights kept, but its layers sum to {merged}"
+        if {name: counts[1] for name, counts in block.merged.layers.items()} != {n: one[1] for n, one in block.layers.items()}:
+            yield "sparsity.merged has other layers, or other sizes of them, than sparsity.layers"
+    if (block.merged is None) != (record.evidence.stored is None):
+        yield "sparsity.merged and evidence.stored go together: both are there for a stored form, else neither"
+
+
+def _bits(record: Record) -> Iterator[str]:
+    block = record.sparsity
+    bits = block.bits
+    if bits is None:
+        return
+    if (bits.dense, bits.plain) != (32 * block.total, 32 * block.kept):
+        counted = f"{32 * block.kept} of {32 * block.total}"
+        yield f"sparsity.bits says {bits.plain} of {bits.dense}, but 32 bits for each counted weight are {counted}"
+    for name in ("paper", "csr"):
+        ratio, derived = getattr(bits.ratio, name), getattr(bits, name) / bits.dense
+        if ratio != derived:
+            yield f"sparsity.bits.ratio.{name} is {ratio}, but {getattr(bits, name)} of {bits.dense} bits are {derived}"
 
 
 def _weights(record: Record, folder: Path) -> Iterator[str]:
-    name = record.evidence.weights
+    evidence, block = record.evidence, record.sparsity
+    plain = block.layers if block.merged is None else block.merged.layers
+    path = yield from _present(evidence.weights, evidence.weights_sha256, "weights", folder)
+    if path is not None:
+        yield from _recount(path, plain, _plain)
+    path = yield from _present(evidence.stored, evidence.stored_sha256, "stored", folder)
+    if path is not None:
+        yield from _recount(path, block.layers, _stored)
+
+
+def _present(name: str | None, recorded: str | None, what: str, folder: Path) -> Generator[str, None, Path | None]:
+    """A file of weights if it lies where the record says: they are large and need not travel with the records."""
     if name is None:
-        return
+        return None
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve().parent):
-        yield f"evidence.weights {name!r} points out of the run's folder"
-        return
-    if not path.is_file():  # weights are large and need not travel with the records
-        return
-    if sha256_file(path) != record.evidence.weights_sha256:
-        yield f"{path.name} is not the weights file that was recorded: its sha256 differs from weights_sha256"
-    yield from _recount(record, path)
+        yield f"evidence.{what} {name!r} points out of the run's folder"
+        return None
+    if not path.is_file():
+        return None
+    if sha256_file(path) != recorded:
+        yield f"{path.name} is not the {what} file that was recorded: its sha256 differs from {what}_sha256"
+    return path
 
 
-def _recount(record: Record, path: Path) -> Iterator[str]:
-    import numpy as np
+def _recount(path: Path, layers: Layers, count: Callable[[Any, Layers, str], Iterator[str]]) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as tensors:
-            names = set(tensors.keys())
-            for layer, (kept, total) in record.sparsity.layers.items():
-                weight = f"{layer}.weight"
-                if weight not in names:
-                    yield f"{path.name} has no tensor {weight!r}, which sparsity.layers counts"
-                    continue
-                values = tensors.get_tensor(weight)
-                if (found := int(np.count_nonzero(values))) != kept or values.size != total:
-                    yield f"{weight} has {found} non-zeros of {values.size}, but sparsity.layers says {kept} of {total}"
+            yield from count(tensors, layers, path.name)
     except (SafetensorError, OSError, TypeError) as error:
         yield f"{path.name} cannot be read as safetensors: {error}"
+
+
+def _plain(tensors: Any, layers: Layers, where: str) -> Iterator[str]:
+    import numpy as np
+
+    names = set(tensors.keys())
+    for layer, (kept, total) in layers.items():
+        weight = f"{layer}.weight"
+        if weight not in names:
+            yield f"{where} has no tensor {weight!r}, which sparsity.layers counts"
+            continue
+        values = tensors.get_tensor(weight)
+        if (found := int(np.count_nonzero(values))) != kept or values.size != total:
+            yield f"{weight} has {found} non-zeros of {values.size}, but sparsity.layers says {kept} of {total}"
+
+
+def _stored(tensors: Any, layers: Layers, where: str) -> Iterator[str]:
+    """Non-zeros of factors and codes: one that is coded is zero where its mask is, or without a mask where its code is."""
+    import numpy as np
+
+    names = set(tensors.keys())
+    counted = [name for name in names if not name.endswith(".book") and f"{name.removesuffix('.codes')}.mask" not in names]
+    for layer, (kept, _) in layers.items():
+        own = [name for name in counted if f"{name}.".startswith(f"{layer}.weight.")]
+        if (found := sum(int(np.count_nonzero(tensors.get_tensor(name))) for name in own)) != kept:
+            yield f"{where} stores {layer}.weight in {found} non-zeros, but sparsity.layers says {kept}"

@@ -123,12 +123,41 @@ class Metrics(Strict):
         return {"clean": self.clean, **robust, **{f"certified.{label}": s for label, s in self.certified.items()}}
 
 
+Layers = dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]  # kept, total
+
+
+class Ratio(Strict):
+    paper: float
+    csr: float
+
+
+class Bits(Strict):
+    """Sizes in bits: of the dense network, of 32 bits a non-zero, as ATMC counts, and that with the bits of positions."""
+
+    dense: Annotated[int, Field(gt=0)]
+    plain: Count
+    paper: Count
+    csr: Count
+    ratio: Ratio
+
+
+class Merged(Strict):
+    """The plain network's own counts, where something else (factors, codes) is what is stored."""
+
+    kept: Count
+    layers: Layers
+
+
 class Sparsity(Strict):
+    """Non-zeros of what is stored, over the weights of the dense network."""
+
     scope: str
     requested: FractionText
     kept: Count
     total: Annotated[int, Field(gt=0)]
-    layers: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    layers: Layers
+    bits: Bits | None = None
+    merged: Merged | None = None
 
 
 class Samples(Strict):
@@ -142,6 +171,10 @@ class Evidence(Strict):
     verdicts_sha256: Sha256
     weights: str | None
     weights_sha256: Sha256 | None
+    stored: str | None = None
+    stored_sha256: Sha256 | None = None
+    witnesses: FileName | None = None
+    witnesses_sha256: Sha256 | None = None
 
 
 class SelfChecks(Strict):
@@ -161,6 +194,7 @@ class Provenance(Strict):
     threads: int
     data: str
     plugins: dict[str, Sha256] = Field(default_factory=dict)
+    selfcheck: Sha256 | None = None
 
 
 class Timing(Strict):

@@ -24,27 +24,43 @@ errors sparsity provenance                 :
 threat                                     : | attacks
 files                                      : errors
 pickles                                    :
-readers                                    : errors files pickles
+published                                  : errors
+readers                                    : files pickles published
+imagenet                                   : errors files published
 models                                     : errors | verifiers
-data                                       : errors readers
+data                                       : errors files readers imagenet published
 train                                      : data
 objectives                                 : train | attacks verifiers
-methods                                    : train sparsity
+methods                                    : factors sparsity train
 build                                      : errors methods objectives | attacks verifiers
 cells                                      : errors threat data models train build | leaderboard
 phases                                     : files provenance sparsity train
-layouts                                    : errors sparsity
-checkpoints                                : errors files models layouts
+factors                                    : errors
+layouts                                    : errors factors sparsity
+checkpoints                                : errors factors files models layouts
 reach                                      : sparsity | verifiers
-passport                                   : errors sparsity reach | verifiers
+passport                                   : errors factors sparsity reach | verifiers
 health                                     : errors
 outside                                    : errors data models build checkpoints
 evaluate                                   : errors threat train cells | attacks verifiers
-run          : errors files provenance sparsity data models train build cells phases checkpoints evaluate | leaderboard
-certify: errors files provenance sparsity data threat train build cells checkpoints evaluate run passport health outside | leaderboard
+witnesses                                  : errors evaluate files
+selfcheck                                  : build evaluate files provenance threat | leaderboard verifiers
+run          : errors factors files passport provenance sparsity data models train build cells phases checkpoints outside evaluate selfcheck witnesses | leaderboard
+radii                                      : errors | verifiers
+curve                                      : threat build cells evaluate radii | leaderboard
+report                                     : files | leaderboard
+vnnlib_files                               : errors
+onnx_files                                 : errors models | verifiers
+properties                                 : errors vnnlib_files | verifiers
+export                                     : errors data files onnx_files vnnlib_files | verifiers
+question: build cells checkpoints data errors factors onnx_files outside provenance radii run threat | leaderboard
+answer       : build cells question radii sparsity
+certify      : answer build cells curve evaluate export files health passport question report train | leaderboard
+claims       : build cells question checkpoints data errors outside provenance run threat witnesses | leaderboard
+replay       : cells checkpoints claims errors evaluate threat | attacks verifiers
 workers      : files cells evaluate run
 screen       : workers
-suite        : files cells models run workers screen
+suite        : files cells models run workers screen selfcheck
 """  # noqa: E501
 
 

@@ -29,15 +29,19 @@ def conv(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def batchnorm_scale(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The layer as x * scale + shift in eval mode, shaped for [N, C, H, W]."""
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def batchnorm_scale(layer: BatchNorm, dims: int = 4) -> tuple[Tensor, Tensor]:
+    """The layer as x * scale + shift in eval mode, shaped for values of so many dimensions, [N, C, ...]."""
     if layer.training or layer.running_mean is None or layer.running_var is None:
-        raise UnsupportedNetworkError("interval bounds of BatchNorm2d need eval mode and running statistics")
+        raise UnsupportedNetworkError(f"interval bounds of {layer_type(layer).__name__} need eval mode and running statistics")
     scale = 1 / (layer.running_var + layer.eps).sqrt()
     shift = -layer.running_mean * scale
     if layer.affine:
         scale, shift = scale * layer.weight, shift * layer.weight + layer.bias
-    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+    channels = (1, -1, *[1] * (dims - 2))
+    return scale.view(channels), shift.view(channels)
 
 
 def _affine(x: Region, op: Linear, weight: Tensor, bias: Tensor | None) -> Interval:
@@ -69,8 +73,8 @@ def _conv(layer: nn.Conv2d, x: Region) -> Interval:
     return _affine(x, lambda value, weight, bias: conv(layer, value, weight, bias), layer.weight, layer.bias)
 
 
-def _batchnorm(layer: nn.BatchNorm2d, x: Region) -> Interval:
-    scale, shift = batchnorm_scale(layer)
+def _batchnorm(layer: BatchNorm, x: Region) -> Interval:
+    scale, shift = batchnorm_scale(layer, x.lower.dim())
     return _affine(x, lambda value, by, plus: value * by if plus is None else value * by + plus, scale, shift)
 
 
@@ -85,6 +89,39 @@ def _flatten(layer: nn.Flatten, x: Region) -> Region:
 
 def _flatten_call(x: Region, start_dim: int = 0, end_dim: int = -1) -> Region:
     return type(x)(*(torch.flatten(part, start_dim, end_dim) for part in x))
+
+
+def row_shape(x: Tensor, sizes: Sequence[Any]) -> torch.Size:
+    """The shape of one sample after x.reshape(*sizes), which must keep the samples apart."""
+    after = x.reshape(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes).shape
+    if after[:1] != x.shape[:1]:
+        raise UnsupportedNetworkError(f"no bound rule for a view of {tuple(x.shape)} as {tuple(after)}, which mixes the images")
+    return after[1:]
+
+
+def _reshape(x: Region, *sizes: Any) -> Region:
+    rest = row_shape(x.lower, sizes)
+    return type(x)(*(part.reshape(len(part), *rest) for part in x))
+
+
+def _mean(x: Region, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Interval:
+    dims = [dim] if isinstance(dim, int) else list(dim or [0])
+    if any(one % x.lower.dim() == 0 for one in dims):
+        raise UnsupportedNetworkError("no bound rule for a mean over the images of a batch")
+    return _monotone(torch.mean, x, dims, keepdim)
+
+
+def _attribute(x: Region, name: str) -> torch.Size:
+    if name != "shape":
+        raise UnsupportedNetworkError(f"no bound rule for the attribute {name!r} of a value inside the network's forward")
+    return x.lower.shape
+
+
+def item(sizes: Any, at: Any) -> Any:
+    """An entry of a shape; values themselves may not be cut up."""
+    if not isinstance(sizes, torch.Size):
+        raise UnsupportedNetworkError("no bound rule for getitem of a value inside the network's forward")
+    return sizes[at]
 
 
 def _monotone(layer: Callable[..., Tensor], x: Region, *args: Any, **kwargs: Any) -> Interval:
@@ -114,9 +151,15 @@ def _cat(parts: Sequence[Region], dim: int = 0) -> Interval:
     return Interval(torch.cat([x.lower for x in parts], dim), torch.cat([x.upper for x in parts], dim))
 
 
-def _dropout(layer: nn.Dropout, x: Region) -> Region:
+def _dropout(layer: nn.Dropout | nn.Dropout2d, x: Region) -> Region:
     if layer.training and layer.p > 0:
-        raise UnsupportedNetworkError("interval bounds of Dropout need eval mode")
+        raise UnsupportedNetworkError(f"interval bounds of {layer_type(layer).__name__} need eval mode")
+    return x
+
+
+def _dropout_call(x: Region, p: float = 0.5, training: bool = True, inplace: bool = False) -> Region:
+    if training and p > 0:
+        raise UnsupportedNetworkError("no bound rule for a dropout that drops in eval mode too; give it training=self.training")
     return x
 
 
@@ -125,11 +168,15 @@ MONOTONE_LAYERS = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.ReLU6, nn.Har
 INTERVAL_RULES: dict[Any, Callable[..., Any]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
+    nn.BatchNorm1d: _batchnorm,
     nn.BatchNorm2d: _batchnorm,
     Normalize: _normalise,
     nn.Flatten: _flatten,
     nn.Identity: lambda _, x: x,
     nn.Dropout: _dropout,
+    nn.Dropout2d: _dropout,
+    F.dropout: _dropout_call,
+    F.dropout2d: _dropout_call,
     **dict.fromkeys(MONOTONE_LAYERS, _monotone),
     nn.AvgPool2d: _averaged,
     operator.add: _add,
@@ -137,9 +184,17 @@ INTERVAL_RULES: dict[Any, Callable[..., Any]] = {
     torch.cat: _cat,
     torch.flatten: _flatten_call,
     "flatten": _flatten_call,
+    "view": _reshape,
+    "reshape": _reshape,
+    "size": lambda x, *dim: x.lower.size(*dim),
+    getattr: _attribute,
+    operator.getitem: item,
+    "mean": _mean,
+    torch.mean: _mean,
     F.relu: _monotone_call(F.relu),
     torch.relu: _monotone_call(torch.relu),
     "relu": _monotone_call(torch.relu),
+    F.relu6: _monotone_call(F.relu6),
     F.max_pool2d: _monotone_call(F.max_pool2d),
     F.avg_pool2d: lambda x, *args, **kwargs: _averaged(F.avg_pool2d, x, *args, **kwargs),
     F.adaptive_avg_pool2d: _monotone_call(F.adaptive_avg_pool2d),

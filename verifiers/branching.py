@@ -1,8 +1,9 @@
-"""Branch and bound over the ReLUs of one image: which margins are positive on the whole ball, anytime."""
+"""Branch and bound over the ReLUs of one box: are all rows of the outputs positive on the whole of it? Anytime."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,11 +13,12 @@ from torch import Tensor
 from .ascent import Optimised, optimise, relaxation_loss, stacked
 from .milp import TOLERANCE, Answer, Encoding
 from .proof import BROKEN, OPEN, PROVED, TIMEOUT
-from .relax import NUMBERS, Box, Choice, ReluNetwork, crown_choice
+from .relax import Choice, crown_choice, lower_bounds
 from .witness import Hunt
 
-ROOT_ROUNDS, ROUNDS, BATCH = 20, 8, 64
+ROOT_ROUNDS, ROUNDS, BATCH = 20, 20, 64
 RESTARTS, STEPS, SHORT = 3, 20, 5
+CANDIDATES = 4
 
 
 class OutOfBudgetError(Exception):
@@ -56,12 +58,14 @@ class Budget:
 
 
 class Verdict(NamedTuple):
-    """status proved, broken, open or timeout; a lower bound of the margin (NaN: none); the witness [1, ...] if broken."""
+    """status proved, broken, open or timeout; a lower bound of the margin (NaN: none); the witness [1, ...] if broken; how
+    many integer programmes were solved."""
 
     status: str
     margin: float
     nodes: int
     witness: Tensor | None = None
+    programmes: int = 0
 
 
 class Leaves(NamedTuple):
@@ -81,6 +85,14 @@ class Leaves(NamedTuple):
         return Leaves(pairs[0], choice, pairs[1], pairs[2])
 
 
+def _halves(parents: Leaves, chosen: Tensor) -> Leaves:
+    """Every subproblem twice, first with its chosen neuron open, then with it closed."""
+    children = parents.joined(parents)
+    signs = torch.cat([torch.ones(len(chosen)), -torch.ones(len(chosen))]).to(children.choice.sign)
+    sign = children.choice.sign.scatter(1, chosen.repeat(2)[:, None], signs[:, None])
+    return children._replace(choice=children.choice._replace(sign=sign))
+
+
 class FoundError(Exception):
     """Carries a witness out of the search."""
 
@@ -90,30 +102,42 @@ class FoundError(Exception):
 
 
 class Search:
-    """One image: `run` answers. rows [T, classes] are its margins, targets the T other classes, allowed their rounding
-    allowance, milp_below the number of undecided ReLUs from which a subproblem goes to the integer programme."""
+    """One box: `run` answers whether all margins of the hunt are above their rounding allowance. milp_below: the number of
+    undecided ReLUs from which a subproblem goes to the integer programme."""
 
-    def __init__(
-        self, network: ReluNetwork, box: Box, rows: Tensor, targets: list[int], allowed: float, budget: Budget, hunt: Hunt,
-        milp_below: int,
-    ) -> None:
-        self.network, self.box, self.rows, self.targets = network, box, rows, targets
-        self.allowed, self.budget, self.hunt, self.milp_below = allowed, budget, hunt, milp_below
+    def __init__(self, hunt: Hunt, budget: Budget, milp_below: int) -> None:
+        self.hunt, self.budget, self.milp_below = hunt, budget, milp_below
+        self.box, self.margins, self.allowed = hunt.box, hunt.margins, hunt.allowed
         self.closed = float("inf")  # the smallest bound of a subproblem that needs no more work
-        self.stuck = False
+        self.stuck, self.programmes = False, 0
         self.leaves: Leaves | None = None
         self.encoding: Encoding | None = None
 
+    def root(self) -> Verdict:
+        """CROWN; what it leaves open is attacked, then bounded by optimised slopes."""
+        return self._answer(self._root)
+
     def run(self) -> Verdict:
+        """The root unless that is done, then subproblems until all are proved, one has a witness, or the budget is spent."""
+        return self._answer(self._everything)
+
+    def _answer(self, work: Callable[[], None]) -> Verdict:
+        witness, status = None, PROVED
         try:
-            self._root()
-            while self.leaves is not None and len(self.leaves.target):
-                self._step()
+            work()
+            left = self.leaves is None or len(self.leaves.target) > 0
+            status = OPEN if self.stuck or left else PROVED
         except OutOfBudgetError as limit:
-            return Verdict(limit.status, self._margin(), self.budget.spent)
+            status = limit.status
         except FoundError as found:
-            return Verdict(BROKEN, self._margin(), self.budget.spent, found.witness)
-        return Verdict(OPEN if self.stuck else PROVED, self._margin(), self.budget.spent)
+            status, witness = BROKEN, found.witness
+        return Verdict(status, self._margin(), self.budget.spent, witness, self.programmes)
+
+    def _everything(self) -> None:
+        if self.leaves is None:
+            self._root()
+        while self.leaves is not None and len(self.leaves.target):
+            self._step()
 
     def _margin(self) -> float:
         """A lower bound over the whole ball: the smallest over closed and open subproblems, which cover it."""
@@ -127,21 +151,17 @@ class Search:
             raise FoundError(witness)
 
     def _descend(self, points: Tensor, targets: Tensor) -> None:
-        classes = torch.tensor(self.targets, device=points.device)[targets]
-        witness = self.hunt.descend(points, classes, SHORT, self.budget.pause, first=0.2)
+        witness = self.hunt.descend(points, targets, SHORT, self.budget.pause, first=0.2)
         if witness is not None:
             raise FoundError(witness)
 
     def _root(self) -> None:
-        """CROWN; what it leaves open is attacked, then bounded by optimised slopes."""
-        plain = crown_choice(self.box, len(self.rows))
-        crown = optimise(self.network, self.box, self.rows, plain, self.allowed, 0, self.budget.pause)
-        self._keep(crown, torch.arange(len(self.rows)))
+        plain = crown_choice(self.box, len(self.allowed))
+        self._keep(optimise(self.box, self.margins, plain, self.allowed, 0, self.budget.pause), torch.arange(len(self.allowed)))
         assert self.leaves is not None
         if not len(self.leaves.target):
             return
-        wanted = [self.targets[t] for t in self.leaves.target.tolist()]
-        witness = self.hunt.sweep(wanted, RESTARTS, STEPS, self.budget.pause)
+        witness = self.hunt.sweep(self.leaves.target, RESTARTS, STEPS, self.budget.pause)
         if witness is not None:
             raise FoundError(witness)
         self._bound(self.leaves, ROOT_ROUNDS)
@@ -155,42 +175,49 @@ class Search:
         if len(small):
             self._solve(small[:1])
             return
-        most = min(BATCH, max(1, NUMBERS // (4 * self.network.widest)), max(1, (self.budget.nodes - self.budget.spent) // 2))
-        parents = self.leaves.rows(self.leaves.value.argsort(stable=True)[:most])
-        chosen = parents.loss.argmax(1)
-        children = parents.joined(parents)
-        signs = torch.cat([torch.ones(len(chosen)), -torch.ones(len(chosen))]).to(children.choice.sign)
-        sign = children.choice.sign.scatter(1, chosen.repeat(2)[:, None], signs[:, None])
-        self.budget.spent += len(signs)
-        keep = self.leaves.rows(self.leaves.value.argsort(stable=True)[most:])
-        self._bound(children._replace(choice=children.choice._replace(sign=sign)), ROUNDS, keep)
+        most = min(BATCH, self.box.chunk, max(1, (self.budget.nodes - self.budget.spent) // 2))
+        order = self.leaves.value.argsort(stable=True)
+        parents = self.leaves.rows(order[:most])
+        children = _halves(parents, self._best_splits(parents))
+        self.budget.spent += len(children.target)
+        self._bound(children, ROUNDS, self.leaves.rows(order[most:]))
+
+    def _best_splits(self, parents: Leaves) -> Tensor:
+        """Per subproblem the neuron, among those whose relaxation costs most, whose halves have the best bounds at once."""
+        count = min(CANDIDATES, parents.loss.shape[1])
+        costs, neurons = parents.loss.topk(count, 1)
+        least = torch.full_like(costs, -torch.inf)
+        for c in range(count):
+            self.budget.pause()
+            halves = _halves(parents, neurons[:, c])
+            rows, allowed = self.margins.at(halves.target), self.allowed[halves.target]
+            value = (lower_bounds(self.box, rows, halves.choice).value - allowed).clamp(max=0).view(2, -1)
+            least[:, c] = torch.where(costs[:, c] >= 0, value.amin(0) + 0.1 * value.amax(0), least[:, c])
+        return neurons.gather(1, least.argmax(1, keepdim=True)).squeeze(1)
 
     def _bound(self, leaves: Leaves, rounds: int, rest: Leaves | None = None) -> None:
         """Bounds these subproblems and keeps what is not proved, beside `rest`; until then the leaves stay as they were."""
-        rows = self.rows[leaves.target]
-        found = optimise(self.network, self.box, rows, leaves.choice, self.allowed, rounds, self.budget.pause)
-        value = torch.maximum(found.bounded.value, leaves.value)  # a part of the ball is bounded by the whole, too
-        found = found._replace(bounded=found.bounded._replace(value=value))
-        self._keep(found, leaves.target, rest)
-        self._try(self._corners(found.bounded.downhill))
-        lowest = found.bounded.value.argsort(stable=True)[:4]
-        self._descend(self._corners(found.bounded.downhill[lowest]), leaves.target[lowest])
+        rows, allowed = self.margins.at(leaves.target), self.allowed[leaves.target]
+        found = optimise(self.box, rows, leaves.choice, allowed, rounds, self.budget.pause)
+        self._keep(found, leaves.target, rest, leaves.value)
+        self._try(self.box.corners(found.bounded.downhill))
+        lowest = found.slack.argsort(stable=True)[:4]
+        self._descend(self.box.corners(found.bounded.downhill[lowest]), leaves.target[lowest])
 
-    def _corners(self, downhill: Tensor) -> Tensor:
-        return torch.where(downhill, self.hunt.box.lower, self.hunt.box.upper).double()
-
-    def _keep(self, found: Optimised, target: Tensor, rest: Leaves | None = None) -> None:
-        proved = (found.slack > 0) & torch.isfinite(found.bounded.value)
-        self.closed = min([self.closed, *found.bounded.value[proved].tolist()])
+    def _keep(self, found: Optimised, target: Tensor, rest: Leaves | None = None, known: Tensor | None = None) -> None:
+        """known: the bounds of the boxes that these are parts of, and so theirs, too."""
+        value = found.bounded.value if known is None else torch.maximum(found.bounded.value, known)
+        proved = (found.slack > 0) & torch.isfinite(value)
+        self.closed = min([self.closed, *value[proved].tolist()])
         loss = relaxation_loss(self.box, found.bounded, found.choice)
-        leaves = Leaves(target.to(loss.device), found.choice, found.bounded.value, loss).rows((~proved).nonzero().flatten())
+        leaves = Leaves(target, found.choice, value, loss).rows((~proved).nonzero().flatten())
         self.leaves = leaves if rest is None else rest.joined(leaves)
 
     def _solve(self, at: Tensor) -> None:
         """One subproblem by the integer programme; a point that it finds counts only if the float64 network agrees."""
         assert self.leaves is not None
         if self.encoding is None:
-            self.encoding = Encoding(self.network, self.box, self.rows)
+            self.encoding = Encoding(self.box, self.margins)
         leaf = self.leaves.rows(at)
         for least in (False, True):
             self.budget.require()
@@ -203,15 +230,18 @@ class Search:
         if answer.kind == "limit":
             left = self.budget.seconds_left
             raise OutOfBudgetError(TIMEOUT if left is not None and left < 0.05 else OPEN)
-        reached = self.allowed + TOLERANCE / 2 * float(self.encoding.margins.size[leaf.target[0]])
+        target = int(leaf.target[0])
+        reached = float(self.allowed[target]) + TOLERANCE / 2 * float(self.encoding.margins.size[target])
         self.closed = min(self.closed, reached if answer.kind == "proved" else float(leaf.value[0]))
         self.stuck |= answer.kind != "proved"
-        everything = torch.arange(len(self.leaves.target), device=at.device)
+        everything = torch.arange(len(self.leaves.target))
         self.leaves = self.leaves.rows(everything[everything != at])
 
     def _ask(self, leaf: Leaves, least: bool) -> Answer:
         assert self.encoding is not None
         nodes, seconds = self.budget.nodes - self.budget.spent, self.budget.seconds_left
-        answer = self.encoding.solve(int(leaf.target[0]), leaf.choice.sign[0], self.allowed, nodes, seconds, least)
+        target = int(leaf.target[0])
+        answer = self.encoding.solve(target, leaf.choice.sign[0], float(self.allowed[target]), nodes, seconds, least)
         self.budget.spent += answer.nodes
+        self.programmes += 1
         return answer

@@ -12,17 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ball import Interval, float_above, outward_box
+from .ball import float_above, outward_box
 from .bounds import difference_rows
-from .branching import Budget, OutOfBudgetError, Search, Verdict
+from .branching import Budget, OutOfBudgetError, Verdict
 from .interval import ibp_settled
-from .proof import BROKEN, OPEN, PROVED, Proof, UnsupportedNetworkError
-from .relax import ReluNetwork
-from .rounding import allowance, full_precision, in_float64
-from .witness import Hunt, float_below
+from .proof import BROKEN, OPEN, PROVED, Proof
+from .properties import limits, require_limits, settled
+from .rounding import full_precision, in_float64
+from .unrolled import Unrolled
+from .witness import Judge, float_below, inward_box
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-QUICK_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Exact:
     falsifier: any attack `(model, x, y) -> x_adv`, asked first. A witness lies in the exact ball and in [0,1] and the float64
     network misclassifies it. A margin counts above its float64 rounding allowance; one that the programme's solver found
     positive counts above milp.TOLERANCE of its row's absolute sum. Near those tolerances a sample may stay open.
-    Raises UnsupportedNetworkError for networks other than affine steps and ReLUs (max pooling, sigmoids), ValueError for
-    another norm than linf and for senseless limits.
+    Max pooling counts as ReLUs. Raises UnsupportedNetworkError for networks other than affine steps, ReLUs and max pooling,
+    ValueError for another norm than linf and for senseless limits.
     """
 
     norm: str = "linf"
@@ -55,10 +55,7 @@ class Exact:
     def __post_init__(self) -> None:
         if self.norm != "linf":
             raise ValueError(f"exact verifies the norm linf only, not {self.norm!r}; ibp and crown know l2")
-        if self.nodes < 1 or self.milp_below < 0:
-            raise ValueError(f"exact needs nodes >= 1 and milp_below >= 0, got {self.nodes} and {self.milp_below}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds of exact must be positive, got {self.seconds}")
+        require_limits(self.nodes, self.seconds, self.milp_below)
 
     @torch.no_grad()
     @full_precision()
@@ -67,8 +64,11 @@ class Exact:
         if len(x) == 0:
             return _proof(self, x, predicted, [])
         cheap = ibp_settled(model, x, y, "linf", self.eps)
-        double = in_float64(model).requires_grad_(False)
-        network = ReluNetwork(double, x.double())
+        double = in_float64(model).cpu().requires_grad_(False)
+        try:
+            network = Unrolled(double, x.cpu().double(), limits(self.nodes, self.seconds and self.seconds * len(x)).pause)
+        except OutOfBudgetError as limit:
+            return _proof(self, x, predicted, [Verdict(limit.status, math.nan, 0)] * len(x))
         proposals = None if self.falsifier is None else self._proposals(model, x, y)
         answers = []
         shared = (time.perf_counter() - begun) / len(x)  # of what was done for all samples, each bears its part
@@ -79,7 +79,8 @@ class Exact:
                 answers.append(Verdict(PROVED, float(cheap.margin[i]), 0))
             else:
                 proposal = None if proposals is None else proposals[i : i + 1]
-                found = self._decide(double, network, x[i : i + 1], int(y[i]), proposal, self._budget(shared))
+                budget = limits(self.nodes, self.seconds, shared)
+                found = self._decide(double, network, x[i : i + 1].cpu(), int(y[i]), proposal, budget)
                 bounds = [bound for bound in (float(cheap.margin[i]), found.margin) if not math.isnan(bound)]
                 answers.append(found._replace(margin=max(bounds, default=math.nan)))
         asked = int(((predicted == y) & ~cheap.proved).sum())
@@ -88,41 +89,19 @@ class Exact:
     def _proposals(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         assert self.falsifier is not None
         with torch.enable_grad():
-            return self.falsifier(model, x.clone(), y.clone()).detach()
-
-    def _budget(self, gone: float) -> Budget:
-        now = time.perf_counter()
-        if self.seconds is None:
-            return Budget(self.nodes, None, None)
-        return Budget(self.nodes, now + self.seconds - gone, now + (self.seconds - gone) / 2)
+            return self.falsifier(model, x.clone(), y.clone()).detach().cpu()
 
     def _decide(
-        self, model: nn.Module, network: ReluNetwork, x: Tensor, y: int, proposal: Tensor | None, budget: Budget
+        self, model: nn.Module, network: Unrolled, x: Tensor, y: int, proposal: Tensor | None, budget: Budget
     ) -> Verdict:
         """One image that the network classifies correctly and interval bounds do not settle."""
-        hunt = Hunt(model, x, y, self.eps, self.seed)
-        witness = hunt.check(x if proposal is None else torch.cat([x.to(proposal), proposal]))
-        if witness is not None:
-            return Verdict(BROKEN, math.nan, 0, witness)
-        ball = outward_box(x.double(), self.eps)
-        targets = hunt.by_margin()
-        classes = int(network.shapes[network.output][0])
-        rows = difference_rows(torch.tensor([y], device=x.device), classes, torch.float64)[0]
-        try:
-            witness = hunt.sweep(targets[:2], 1, QUICK_STEPS, budget.pause)
-            if witness is not None:
-                return Verdict(BROKEN, math.nan, 0, witness)
-            box = network.box(ball, budget.pause, enough=budget.root_is_over)
-        except OutOfBudgetError as limit:
-            return Verdict(limit.status, math.nan, 0)
-        moved = Interval(*map(network.lowered.move, ball))  # the lowered network's layers round otherwise than the original's
-        allowed = max(float(allowance(model, ball)), float(allowance(network.network, moved)))
-        found = Search(network, box, rows, sorted(targets), allowed, budget, hunt, self.milp_below).run()
-        if found.margin > hunt.lowest + 1e-6 * max(1.0, abs(hunt.lowest)):
-            raise UnsupportedNetworkError(
-                f"the bound {found.margin:.9g} lies above the reached margin {hunt.lowest:.9g}; please report this network"
-            )
-        return found
+        rows = difference_rows(torch.tensor([y]), network.outputs, torch.float64)[0]
+
+        def misclassified(logits: Tensor, values: Tensor) -> Tensor:
+            return logits.argmax(1) != y
+
+        judge = Judge(model, inward_box(x, self.eps), x, rows, rows.new_zeros(len(rows)), misclassified)
+        return settled(network, outward_box(x.double(), self.eps), judge, budget, self.milp_below, self.seed, proposal)
 
 
 def _proof(
@@ -139,7 +118,10 @@ def _proof(
         predicted=predicted.cpu(),
         status=tuple(answer.status for answer in answers),
         witness=witness,
-        details={"nodes": torch.tensor([answer.nodes for answer in answers], dtype=torch.int64)},
+        details={
+            "nodes": torch.tensor([answer.nodes for answer in answers], dtype=torch.int64),
+            "programmes": torch.tensor([answer.programmes for answer in answers], dtype=torch.int64),
+        },
         notes=notes,
         rechecked=rechecked,
     )

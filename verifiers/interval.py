@@ -9,34 +9,40 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ball import Interval, region
-from .bounds import ibp_logits, ibp_margins, smallest_margin
+from .ball import Interval, Region, region
+from .bounds import ibp_margins, smallest_margin
 from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof
-from .rounding import Settled, allowance, allowance_for, full_precision, in_float64, settle
+from .rounding import Settled, allowance, allowance_for, bounds_and_allowance, box_around, full_precision, in_float64, settle
 
 
-def ibp_settled(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: Fraction) -> Settled:
-    """IBP margins and which of them prove robustness, near-zero ones decided in float64."""
-    _require_same_function(model, x[:4])
-
-    def margins(net: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        ball = region(pixels, norm, eps)
-        margin = smallest_margin(ibp_margins(net, ball, labels), labels)
-        return margin, allowance_for(net, ball, margin)
-
-    margin, allowed = margins(model, x, y)
-    return settle(margin, allowed, lambda at: margins(in_float64(model), x[at].double(), y[at]))
-
-
-def _require_same_function(model: nn.Module, x: Tensor) -> None:
-    """The traced graph must compute what the network computes: a flag may have flipped, a forward been replaced."""
+def ibp_settled(
+    model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: Fraction, logits: Tensor | None = None
+) -> Settled:
+    """IBP margins and which of them prove robustness, near-zero ones decided in float64; `logits` are model(x) if known."""
     if len(x) == 0:
-        return
-    point = Interval(x, x)
-    bounds = ibp_logits(model, point)
-    off = (bounds.upper - model(x)).abs().amax(1)
-    if not bool((off <= allowance(model, point)).all()):
+        return settle(x.new_zeros(0), x.new_zeros(0), lambda at: (x.new_zeros(0), x.new_zeros(0)))
+    ball = region(x, norm, eps)
+    around = _allowance_around(model, ball, x[:4], model(x[:4]) if logits is None else logits[:4])
+    margin = smallest_margin(ibp_margins(model, ball, y), y)
+
+    def exactly(at: Tensor) -> tuple[Tensor, Tensor]:
+        net, near = in_float64(model), region(x[at].double(), norm, eps)
+        return smallest_margin(ibp_margins(net, near, y[at]), y[at]), allowance(net, near)
+
+    return settle(margin, allowance_for(model, ball, margin, around), exactly)
+
+
+def _allowance_around(model: nn.Module, ball: Region, x: Tensor, logits: Tensor) -> Tensor:
+    """The allowance [1] of all samples together, after a look at a few points x, where the network says `logits`.
+
+    The traced graph must compute what the network computes: a flag may have flipped, a forward been replaced.
+    """
+    around = box_around(ball)
+    boxes = Interval(torch.cat([around.lower, x]), torch.cat([around.upper, x]))
+    bounds, allowed = bounds_and_allowance(model, boxes)
+    if not bool(((bounds.upper[1:] - logits).abs().amax(1) <= allowed[1:]).all()):
         raise UnsupportedNetworkError("the network's forward computes something else than its traced graph; build it anew")
+    return allowed[:1]
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class IBP:
     @torch.no_grad()
     @full_precision()
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
-        settled = ibp_settled(model, x, y, self.norm, self.eps)
-        predicted = model(x).argmax(1)
+        logits = model(x)
+        settled, predicted = ibp_settled(model, x, y, self.norm, self.eps, logits), logits.argmax(1)
         return fixed_radius_proof(
             float(self.eps), settled.proved & (predicted == y), settled.margin, predicted, rechecked=int(settled.rechecked.sum())
         )

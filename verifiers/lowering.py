@@ -54,10 +54,11 @@ def simplified(model: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[str,
     return (module, tuple(steps)) if steps else (model, ())
 
 
-def lower(model: nn.Module, example: Tensor) -> Lowered:
+def lower(model: nn.Module, example: Tensor, maxima_as_relus: bool = False) -> Lowered:
     """The network as a core graph, equal to the original on `example` and random inputs (checked in float64).
 
-    Raises UnsupportedNetworkError, naming the operation, for whatever has no sound linear relaxation here.
+    Max pooling whose windows lie side by side stays as it is unless `maxima_as_relus`. Raises UnsupportedNetworkError, naming
+    the operation, for whatever has no sound linear relaxation here.
     """
     if any(is_parametrized(layer) for layer in model.modules()):
         raise UnsupportedNetworkError("the network still has parametrizations attached; bake its masks first")
@@ -68,7 +69,7 @@ def lower(model: nn.Module, example: Tensor) -> Lowered:
     _drop_layers_that_do_nothing(module, steps)
     edit.refresh()
     calls_as_layers(edit)
-    pools_as_layers(edit)
+    pools_as_layers(edit, maxima_as_relus)
     clips_as_relus(edit)
     fold_batchnorms(edit, nn.Conv2d, nn.BatchNorm2d)
     make_plain(edit)

@@ -50,15 +50,16 @@ def calls_as_layers(edit: Editor) -> None:
     edit.refresh()
 
 
-def pools_as_layers(edit: Editor) -> None:
-    """Averages that overlap, are padded or leave gaps as fixed convolutions, such maxima as ReLUs, where that is right."""
+def pools_as_layers(edit: Editor, every_maximum: bool = False) -> None:
+    """Averages that overlap, are padded or leave gaps as fixed convolutions, such maxima (or all) as ReLUs, where that is
+    right."""
     positive = _never_negative(edit)
     for node, kind, layer in edit.nodes():
         if kind is nn.AdaptiveAvgPool2d and pair_of_output(layer) != (1, 1):
             _parts_as_windows(edit, node, layer)
         elif kind is nn.AvgPool2d and not plain_pool(layer):
             _average_as_convolution(edit, node, layer)
-        elif kind is nn.MaxPool2d and not plain_pool(layer):
+        elif kind is nn.MaxPool2d and (every_maximum or not plain_pool(layer)):
             _maximum_as_relus(edit, node, layer, positive)
     edit.refresh()
 
@@ -131,7 +132,7 @@ def _maximum_as_relus(edit: Editor, node: fx.Node, layer: Any, positive: set[fx.
     relus = channels * out[3] * (height * (columns - 1) + out[2] * (rows - 1))
     if relus > MAX_POOL_RELUS:
         raise UnsupportedNetworkError(
-            f"the overlapping MaxPool2d ({node.name}) would take {relus} ReLUs, more than {MAX_POOL_RELUS}; `ibp` may bound it"
+            f"the MaxPool2d ({node.name}) would take {relus} ReLUs, more than {MAX_POOL_RELUS}; `ibp` may bound it"
         )
     value = source
     for axis, size in ((3, columns), (2, rows)):

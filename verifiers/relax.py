@@ -1,33 +1,28 @@
-"""Own backward linear relaxation (CROWN, with optimised slopes and split constraints) over the lowered graph, in float64.
+"""Own backward linear relaxation (CROWN, with optimised slopes and split constraints) on one box, in float64.
 
 Zhang et al. 2018 (arXiv 1811.00866), Xu et al. 2020 (arXiv 2011.13824, alpha), Wang et al. 2021 (arXiv 2103.06624, beta).
-Batched over subproblems of one image: auto-LiRPA 0.3 has no split constraints and its bounds serve as the tests' reference.
+Batched over subproblems. On a box most ReLUs of a pruned network are dead or always open: they are substituted exactly, and
+only the unstable ones are relaxed. auto-LiRPA 0.3 has no split constraints and its bounds serve as the tests' reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
+import scipy.sparse as sp
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from .ball import Interval
-from .bounds import INTERVAL_RULES, batchnorm_scale
-from .graph import name_of, operation, output_of, trace, walk
-from .lowering import SUMS, Lowered, lower
 from .proof import UnsupportedNetworkError
-from .rounding import ERROR_RULES, SAFETY, SHARE, UNIT, Tracked
+from .rounding import SAFETY, SHARE, UNIT
+from .unrolled import Affine, Unrolled, weighted
 
-RELUS = (nn.ReLU, torch.relu, F.relu, "relu")
-FLATS = (nn.Flatten, torch.flatten, "flatten")
-MIXING = (nn.Linear, nn.Conv2d)
-AFFINE = (*MIXING, *FLATS, *SUMS, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, torch.cat)
-NUMBERS = 1_000_000  # coefficients of the widest layer held at once: a chunk stays well below half a second
-
-Through = Callable[[fx.Node, Tensor], tuple[Tensor, Tensor]]
+NUMBERS = 1_000_000  # coefficients held at once: a chunk stays well below half a second
+PRODUCTS = 2_000_000  # of numbers, in sparse matrices, between two looks at the clock
 
 
 def nothing() -> None:
@@ -36,15 +31,6 @@ def nothing() -> None:
 
 def never() -> bool:
     return False
-
-
-class Layer(NamedTuple):
-    """What is known of one ReLU layer on a box: `active` [n] is 1 where stable and open; bounds [k] of the unstable ones `at`."""
-
-    active: Tensor
-    at: Tensor
-    lower: Tensor
-    upper: Tensor
 
 
 class Choice(NamedTuple):
@@ -59,266 +45,259 @@ class Choice(NamedTuple):
 
 
 class Bounded(NamedTuple):
-    """Lower bounds [R] over the box and the splits, their minimisers' signs [R, ...], and coefficients [R, K] at the ReLUs."""
+    """Lower bounds [R] over the box and the splits, their minimisers' signs [R, d], and coefficients [R, K] at the ReLUs."""
 
     value: Tensor
     downhill: Tensor
     coefficients: Tensor
 
 
+class Rows(NamedTuple):
+    """Affine functions: matrix [R, d + K] over the d pixels and the outputs of the first K unstable ReLUs, constant [R]."""
+
+    matrix: Tensor
+    constant: Tensor
+
+    def at(self, which: Tensor) -> Rows:
+        return Rows(self.matrix[which], self.constant[which])
+
+    def both_signs(self) -> Rows:
+        return Rows(torch.cat([self.matrix, -self.matrix]), torch.cat([self.constant, -self.constant]))
+
+
 @dataclass(frozen=True)
 class Box:
-    """One image's ball in the lowered network's coordinates: lower, upper [1, ...], its ReLU layers, and per unstable
-    neuron [K] how far its computed value may be off."""
+    """A network on one box: pixels [d] between lower and upper, in the lowered network's coordinates; K unstable ReLUs.
+
+    blocks: per ReLU layer the inputs of its unstable neurons, over the pixels and the unstable neurons before; places: which
+    neurons of the layer these are. low, high, error [K]: bounds of these inputs, and how far their computed values may be
+    off. outputs: the network's, with the rounding error `allowed` [outputs] of each.
+    """
 
     lower: Tensor
     upper: Tensor
-    layers: dict[fx.Node, Layer]
+    blocks: tuple[Rows, ...]
+    places: tuple[np.ndarray, ...]
+    low: Tensor
+    high: Tensor
     error: Tensor
+    outputs: Rows
+    allowed: Tensor
+
+    def starts(self) -> list[tuple[int, Rows]]:
+        """Every block and the number of its first neuron."""
+        counts = [len(block.constant) for block in self.blocks]
+        return list(zip(np.cumsum([0, *counts]).tolist(), self.blocks))
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """[N, K]: the inputs of the unstable ReLUs at pixels [N, d], which must lie in the box; differentiable."""
+        found, known = [pixels[:, :0]], pixels
+        for block in self.blocks:
+            found.append(known @ block.matrix.mT + block.constant)
+            known = torch.cat([known, torch.relu(found[-1])], 1)
+        return torch.cat(found, 1)
+
+    def neurons(self, pixels: Tensor) -> Tensor:
+        """[N, d + K]: the pixels and the outputs of the unstable ReLUs."""
+        return torch.cat([pixels, torch.relu(self.inputs(pixels))], 1)
+
+    def corners(self, downhill: Tensor) -> Tensor:
+        """The pixels [N, d] at the lower end where downhill, else at the upper one."""
+        return torch.where(downhill, self.lower, self.upper)
 
     @property
-    def lowers(self) -> Tensor:
-        return torch.cat([layer.lower for layer in self.layers.values()]) if self.layers else self.lower.new_zeros(0)
-
-    @property
-    def uppers(self) -> Tensor:
-        return torch.cat([layer.upper for layer in self.layers.values()]) if self.layers else self.lower.new_zeros(0)
+    def chunk(self) -> int:
+        """Rows that are bounded at once."""
+        return max(1, NUMBERS // (len(self.lower) + 4 * len(self.low)))
 
 
-class ReluNetwork:
-    """A plain ReLU network in float64 as affine steps and ReLUs: forward as it is, backward on coefficients.
+Bound = Callable[[Box, Rows, Tensor], Tensor]
 
-    Raises UnsupportedNetworkError, naming the operation, for anything else (max pooling among them).
+
+@torch.no_grad()
+def relax(
+    network: Unrolled, pixels: Interval, pause: Callable[[], None] = nothing, intersect: bool = True,
+    enough: Callable[[], bool] = never, bound: Bound | None = None,
+) -> Box:
+    """The network on the pixel box [1, ...]: backward bounds of every ReLU's input, widened by their own rounding error.
+
+    bound: how rows are bounded on the box so far, by default by CROWN. intersect: take the better of these and interval
+    bounds. pause is called often and may raise to stop. Once enough() is true, interval bounds have to do for the rest.
     """
+    low, high = (network.pixels(end)[:, 0] for end in pixels)
+    known = _Known(low, high, pause, intersect, enough, bound or crown)
+    for step in network.steps[:-1]:
+        known.add(step)
+    box = known.box(network.steps[-1])
+    require_that_true_points_fit(network, box)
+    return box
 
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self.lowered: Lowered = lower(model, example[:1])
-        self.network = self.lowered.network.requires_grad_(False)
-        graph = trace(self.network)
-        self.modules = dict(self.network.named_modules())
-        self.output = output_of(graph)
-        self.nodes = [node for node in graph.nodes if node.op != "output"]
-        (self.input,) = (node for node in self.nodes if node.op == "placeholder")
-        self.relus = [node for node in self.nodes if self._kind(node) in RELUS]
-        self._refuse_the_rest()
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.rand(6, *example.shape[1:], generator=generator, dtype=torch.float64).to(example.device)
-        points = torch.cat([example[:1].double(), noise[:3], 40 * (noise[3:] - 0.5)])
-        values = self._values(self.lowered.move(points))
-        self.shapes = {node: value.shape[1:] for node, value in values.items()}
-        self.constants = {node: self._constant(node) for node in self.nodes if self._kind(node) in AFFINE}
-        self.widest = max(int(shape.numel()) for shape in self.shapes.values())
-        self._require_same_function(model(points), values)
 
-    def _kind(self, node: fx.Node) -> Any:
-        return None if node.op == "placeholder" else operation(node, self.modules)
+def require_that_true_points_fit(network: Unrolled, box: Box) -> None:
+    """Raises UnsupportedNetworkError unless the network's own values at points of the box are those that the box says."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(4, len(box.lower), generator=generator, dtype=torch.float64)
+    share[1:3] = share[1:3].round()
+    pixels = box.lower + share * (box.upper - box.lower)
+    *inputs, outputs = (torch.from_numpy(value.T) for value in network.inputs(network.images(pixels)))
+    known = torch.cat([pixels[:, :0], *(value[:, at] for value, at in zip(inputs, box.places))], 1)
+    said = box.neurons(pixels) @ box.outputs.matrix.mT + box.outputs.constant
+    spare = box.allowed + 1e-7 * (1 + outputs.abs())
+    inside = (known >= box.low - box.error) & (known <= box.high + box.error)
+    finite = torch.isfinite(box.low) & torch.isfinite(box.high)
+    if bool(((said - outputs).abs() > spare).any()) or not bool(inside[:, finite].all()):
+        raise UnsupportedNetworkError("the relaxation does not hold at points of its own network; please report this network")
 
-    def _refuse_the_rest(self) -> None:
-        for node in self.nodes:
-            kind = self._kind(node)
-            if kind is not None and kind not in RELUS and kind not in AFFINE:
-                raise UnsupportedNetworkError(f"exact verification knows ReLU networks only, not {name_of(kind)} ({node.name})")
 
-    def _apply(self, node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
-        """ReLUs never work in place here: another step may read their input."""
-        args: Any
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        if self._kind(node) in RELUS:
-            return torch.relu(args[0])
-        if node.op == "call_module":
-            return self.modules[str(node.target)](*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+class _Source(NamedTuple):
+    """One source of the steps: bounds and absolute sums [n], terms added up, and itself over pixels and unstable neurons."""
 
-    def _values(self, start: Tensor) -> dict[fx.Node, Tensor]:
-        values = {self.input: start}
-        for node in self.nodes:
-            if node is not self.input:
-                values[node] = self._apply(node, values)
-        return values
+    low: np.ndarray
+    high: np.ndarray
+    bulk: np.ndarray
+    terms: int
+    matrix: sp.csr_matrix
+    constant: np.ndarray
 
-    def activity(self, points: Tensor) -> dict[fx.Node, Tensor]:
-        """Inputs of every ReLU at the given pixels [N, ...]: flattened."""
-        values = self._values(self.lowered.move(points))
-        return {relu: values[relu.all_input_nodes[0]].flatten(1) for relu in self.relus}
 
-    def _constant(self, node: fx.Node) -> Tensor:
-        return self._apply(node, {source: self._zeros(source, 1) for source in node.all_input_nodes})
+class _Known:
+    """What is known of a box while its ReLU layers are taken one by one."""
 
-    def _zeros(self, node: fx.Node, rows: int) -> Tensor:
-        parameter = next(self.network.parameters())
-        return torch.zeros(rows, *self.shapes[node], dtype=torch.float64, device=parameter.device)
+    def __init__(
+        self, low: np.ndarray, high: np.ndarray, pause: Callable[[], None], intersect: bool, enough: Callable[[], bool],
+        bound: Bound,
+    ) -> None:
+        self.pause, self.intersect, self.enough, self.bound, d = pause, intersect, enough, bound, len(low)
+        self.sources = [_Source(low, high, np.maximum(np.abs(low), np.abs(high)), 4, sp.identity(d, format="csr"), np.zeros(d))]
+        none = torch.zeros(0, dtype=torch.float64)
+        ends = torch.from_numpy(low.copy()), torch.from_numpy(high.copy())
+        self.sofar = Box(*ends, (), (), none, none, none, Rows(torch.zeros(0, d, dtype=torch.float64), none), none)
 
-    def _require_same_function(self, want: Tensor, values: dict[fx.Node, Tensor]) -> None:
-        """A ReLU in place whose input is read elsewhere computes something else than the graph says."""
-        size = max(1.0, *(float(value.abs().max()) for value in values.values()))
-        if not float((want - values[self.output]).abs().max()) <= 1e-9 * size:
-            raise UnsupportedNetworkError("the network computes something else than its graph of affine steps and ReLUs")
+    def box(self, outputs: Affine) -> Box:
+        low, high = self._interval(outputs)
+        allowed = self._error(outputs, np.maximum(np.abs(low), np.abs(high)))
+        return replace(self.sofar, outputs=_dense(*self._expressed(outputs)), allowed=torch.from_numpy(allowed))
 
-    # ---- coefficients, backwards --------------------------------------------------------------------------------------
+    def add(self, step: Affine) -> None:
+        """The inputs of the next ReLU layer."""
+        self.pause()
+        low, high = self._interval(step)
+        error = self._error(step, np.maximum(np.abs(low), np.abs(high)))
+        low, high = low - error, high + error
+        alive = (~(high <= 0)).nonzero()[0]  # a bound that is not finite leaves its neuron unstable
+        matrix, constant = self._expressed(step.rows(alive))
+        unsure = (~(low[alive] >= 0)).nonzero()[0]
+        if len(unsure) and len(self.sofar.blocks) and not set(step.parts) <= {0}:
+            at = alive[unsure]
+            low[at], high[at] = self._tightened(matrix[unsure], constant[unsure], low[at], high[at], error[at])
+        self._keep(step, low, high, error, alive, matrix, constant)
 
-    def pull(self, start: fx.Node, rows: Tensor, through: Through) -> tuple[Tensor, Tensor]:
-        """Coefficients [R, ...] of the input and constants [R] of rows [R, *shape of start], back from `start`.
+    def _interval(self, step: Affine) -> tuple[np.ndarray, np.ndarray]:
+        middle = weighted(step.parts, [(source.low + source.high) / 2 for source in self.sources]) + step.constant
+        sizes = {j: abs(part) for j, part in step.parts.items()}
+        radius = weighted(sizes, [(source.high - source.low) / 2 for source in self.sources])
+        return middle - radius, middle + radius
 
-        `through(relu, a)` turns coefficients of a ReLU's output into those of its input and a constant [R].
-        """
-        found = {start: rows}
-        constant = rows.new_zeros(len(rows))
-        for node in reversed(self.nodes):
-            if node is self.input or node not in found:
-                continue
-            a = found.pop(node)
-            if self._kind(node) in RELUS:
-                back, plus = through(node, a)
-                pieces: Iterator[tuple[fx.Node, Tensor]] = iter([(node.all_input_nodes[0], back)])
-            else:
-                plus = (a * self.constants[node]).flatten(1).sum(1)
-                pieces = self._transposed(node, a)
-            constant = constant + plus
-            for source, piece in pieces:
-                found[source] = found[source] + piece if source in found else piece
-        return found.get(self.input, self._zeros(self.input, len(rows))), constant
+    def _error(self, step: Affine, size: np.ndarray) -> np.ndarray:
+        """What rounding may add to a value, in whatever order its products and sums are taken."""
+        least = torch.finfo(torch.float64).tiny / UNIT[torch.float64]
+        bulk = weighted(step.absolute, [source.bulk for source in self.sources]) + step.bulk + least
+        return SHARE[torch.float64] * size + SAFETY * UNIT[torch.float64] * self._terms(step) * bulk
 
-    def _transposed(self, node: fx.Node, a: Tensor) -> Iterator[tuple[fx.Node, Tensor]]:
-        kind, (source, *_) = self._kind(node), node.all_input_nodes
-        layer: Any = self.modules.get(str(node.target))
-        if kind is nn.Linear:
-            yield source, a @ layer.weight
-        elif kind is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-            yield source, _transposed_conv(layer, a, self.shapes[source])
-        elif kind is nn.BatchNorm2d:
-            yield source, a * batchnorm_scale(layer)[0]
-        elif kind in FLATS:
-            yield source, a.reshape(len(a), *self.shapes[source])
-        elif kind in SUMS and all(self.shapes[one] == a.shape[1:] for one in node.all_input_nodes):
-            yield from ((one, a) for one in node.args if isinstance(one, fx.Node))
-        else:
-            yield from self._differentiated(node, a)
+    def _terms(self, step: Affine) -> int:
+        return step.terms + max(self.sources[j].terms for j in (0, *step.parts)) + 4
 
-    def _differentiated(self, node: fx.Node, a: Tensor) -> Iterator[tuple[fx.Node, Tensor]]:
-        with torch.enable_grad():
-            values = {source: self._zeros(source, len(a)).requires_grad_() for source in node.all_input_nodes}
-            pieces = torch.autograd.grad(self._apply(node, values), list(values.values()), a, create_graph=a.requires_grad)
-        return zip(values, pieces)
+    def _expressed(self, step: Affine) -> tuple[sp.csr_matrix, np.ndarray]:
+        """A step over pixels and unstable neurons; some rows at a time, since products of dense layers take long."""
+        width = len(self.sofar.lower) + len(self.sofar.low)
+        for source in self.sources:
+            source.matrix.resize(source.matrix.shape[0], width)
+        lengths = [np.diff(source.matrix.indptr) for source in self.sources]
+        costs = np.zeros(len(step.constant)) + weighted({j: part != 0 for j, part in step.parts.items()}, lengths)
+        cuts = np.arange(PRODUCTS, costs.sum(), PRODUCTS)
+        pieces = []
+        for rows in np.split(np.arange(len(costs)), np.searchsorted(np.cumsum(costs), cuts)):
+            self.pause()
+            pieces.append(sp.csr_matrix((len(rows), width)) + weighted(
+                {j: part[rows] for j, part in step.parts.items()}, [source.matrix for source in self.sources]
+            ))
+        constant = weighted(step.parts, [source.constant for source in self.sources]) + step.constant
+        return sp.vstack(pieces).tocsr(), constant
 
-    # ---- bounds ---------------------------------------------------------------------------------------------------------
-
-    def box(
-        self, pixels: Interval, pause: Callable[[], None] = nothing, intersect: bool = True, enough: Callable[[], bool] = never
-    ) -> Box:
-        """CROWN bounds of every ReLU's input over the pixel box [1, ...], widened by their own rounding error.
-
-        intersect: take the better of these and interval bounds. pause is called often and may raise to stop. Once enough()
-        is true, interval bounds have to do for the rest.
-        """
-        low, high = self.lowered.move(pixels.lower), self.lowered.move(pixels.upper)
-        start = torch.maximum(low.abs(), high.abs())
-        layers: dict[fx.Node, Layer] = {}
-        errors: list[Tensor] = []
-        for relu in self.relus:
-            pause()
-            (source,) = relu.all_input_nodes
-            ibp = walk(self.network, Interval(low, high), INTERVAL_RULES, wanted=source)
-            exact = Tracked(Interval(low, high), start, start.flatten(1).amax(1))
-            tracked = walk(self.network, exact, ERROR_RULES, wanted=source)
-            error = (SHARE[low.dtype] * tracked.size + SAFETY * UNIT[low.dtype] * tracked.error).flatten()
-            widened = ibp.lower.flatten() - error, ibp.upper.flatten() + error
-            known = Box(low, high, layers, low.new_zeros(0))
-            bounds = self._tighten(known, source, Interval(*widened), error, intersect, pause, enough)
-            layers[relu] = _layer(*bounds)
-            errors.append(error[layers[relu].at])
-        return Box(low, high, layers, torch.cat(errors) if errors else low.new_zeros(0))
-
-    def _tighten(
-        self, known: Box, source: fx.Node, ibp: Interval, error: Tensor, intersect: bool, pause: Callable[[], None],
-        enough: Callable[[], bool],
-    ) -> tuple[Tensor, Tensor]:
-        """Backward bounds of the neurons that interval bounds leave unstable; where those are exact already there is no need."""
-        if self._is_one_affine_step(source):
-            return ibp.lower, ibp.upper
-        at = ((ibp.lower < 0) & (ibp.upper > 0)).nonzero().flatten()
-        low, high = ibp.lower.clone(), ibp.upper.clone()
-        for part in at.split(max(1, NUMBERS // (2 * self.widest))):
-            pause()
-            if enough():
+    def _tightened(
+        self, matrix: sp.csr_matrix, constant: np.ndarray, low: np.ndarray, high: np.ndarray, error: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Backward bounds of the neurons that interval bounds leave unstable."""
+        low, high = low.copy(), high.copy()
+        for part in np.split(np.arange(len(low)), np.arange(self.sofar.chunk, len(low), self.sofar.chunk)):
+            self.pause()
+            if self.enough():
                 break
-            rows = torch.zeros(len(part), len(low), dtype=low.dtype, device=low.device)
-            rows[torch.arange(len(part)), part] = 1
-            rows = torch.cat([rows, -rows]).view(-1, *self.shapes[source])
-            below, above = self.lower_bounds(known, rows, crown_choice(known), source).value.chunk(2)
-            below, above = below - error[part], error[part] - above
-            low[part] = torch.maximum(low[part], below) if intersect else below
-            high[part] = torch.minimum(high[part], above) if intersect else above
+            rows = _dense(matrix[part], constant[part]).both_signs()
+            below, above = self.bound(self.sofar, rows, torch.from_numpy(error[part]).repeat(2)).chunk(2)
+            least, most = below.numpy() - error[part], error[part] - above.numpy()
+            low[part] = np.fmax(low[part], least) if self.intersect else least
+            high[part] = np.fmin(high[part], most) if self.intersect else most
         return low, high
 
-    def _is_one_affine_step(self, node: fx.Node) -> bool:
-        mixing = 0
-        while node is not self.input:
-            kind = self._kind(node)
-            if kind not in (*MIXING, *FLATS, nn.BatchNorm2d):
-                return False
-            mixing += kind in MIXING
-            (node,) = node.all_input_nodes
-        return mixing <= 1
-
-    def lower_bounds(self, box: Box, rows: Tensor, choice: Choice, start: fx.Node | None = None) -> Bounded:
-        """Lower bounds [R] of rows [R, *shape of start] (of the logits by default) over the box and each row's splits.
-
-        choice has R rows, or one for all. Sound for every alpha in [0,1] and beta >= 0, up to rounding.
-        """
-        low_slope, high_slope, shift, push = _lines(box, choice)
-        slices, seen = _slices(box), torch.zeros_like(choice.alpha).expand(len(rows), -1).clone()
-
-        def through(relu: fx.Node, a: Tensor) -> tuple[Tensor, Tensor]:
-            layer, at = box.layers[relu], slices[relu]
-            flat = a.flatten(1)
-            part = flat[:, layer.at]
-            seen[:, at] = part.detach()
-            positive, negative = part.clamp(min=0), part.clamp(max=0)
-            new = positive * low_slope[:, at] + negative * high_slope[:, at] - push[:, at]
-            back = (flat * layer.active).index_copy(1, layer.at, new)
-            return back.view_as(a), (negative * shift[:, at]).sum(1)
-
-        a, constant = self.pull(self.output if start is None else start, rows, through)
-        value = (a.clamp(min=0) * box.lower + a.clamp(max=0) * box.upper).flatten(1).sum(1) + constant
-        return Bounded(value, a.detach() > 0, seen)
+    def _keep(
+        self, step: Affine, low: np.ndarray, high: np.ndarray, error: np.ndarray, alive: np.ndarray, matrix: sp.csr_matrix,
+        constant: np.ndarray,
+    ) -> None:
+        opened, unstable = low[alive] >= 0, ~(low[alive] >= 0) & ~(high[alive] <= 0)
+        at, box, width = alive[unstable], self.sofar, matrix.shape[1]
+        block = _dense(matrix[unstable], constant[unstable])
+        pairs = (box.low, low), (box.high, high), (box.error, error)
+        ends = [torch.cat([old, torch.from_numpy(new[at])]) for old, new in pairs]
+        blocks, places = (*box.blocks, block), (*box.places, at)
+        self.sofar = replace(box, blocks=blocks, places=places, low=ends[0], high=ends[1], error=ends[2])
+        units = sp.csr_matrix((np.ones(len(at)), (at, width + np.arange(len(at)))), shape=(len(low), width + len(at)))
+        passing = sp.csr_matrix((opened[opened] * 1.0, (alive[opened], opened.nonzero()[0])), shape=(len(low), len(alive)))
+        own = (passing @ matrix).tocsr()
+        own.resize(len(low), width + len(at))
+        bulk = weighted(step.absolute, [source.bulk for source in self.sources]) + step.bulk
+        low, high = np.fmax(low, 0), np.where(np.isnan(high), np.inf, np.fmax(high, 0))
+        self.sources.append(_Source(low, high, bulk, self._terms(step), own + units, passing @ constant))
 
 
-def _transposed_conv(layer: Any, a: Tensor, shape: torch.Size) -> Tensor:
-    steps = zip(shape[1:], a.shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size)
-    leftover = [size - ((out - 1) * stride - 2 * pad + gap * (kernel - 1) + 1) for size, out, stride, pad, gap, kernel in steps]
-    return F.conv_transpose2d(a, layer.weight, None, layer.stride, layer.padding, leftover, layer.groups, layer.dilation)
+def _dense(matrix: sp.csr_matrix, constant: np.ndarray) -> Rows:
+    return Rows(torch.from_numpy(matrix.toarray()), torch.from_numpy(constant.copy()))
 
 
-def _layer(low: Tensor, high: Tensor) -> Layer:
-    """A bound that is not finite leaves its neuron unstable, and every bound that rests on it without worth."""
-    at = (~(low >= 0) & ~(high <= 0)).nonzero().flatten()
-    return Layer((low >= 0).to(low.dtype), at, low[at], high[at])
+def lower_bounds(box: Box, rows: Rows, choice: Choice) -> Bounded:
+    """Lower bounds [R] of rows over the box and each row's splits.
+
+    choice has R rows, or one for all. Sound for every alpha in [0,1] and beta >= 0, up to rounding.
+    """
+    low_slope, high_slope, shift, push = _lines(box, choice)
+    a, constant, seen = rows.matrix, rows.constant, [rows.matrix[:, :0]]
+    for start, block in reversed(box.starts()):
+        width = len(box.lower) + start
+        part, own = a[:, width:], slice(start, start + len(block.constant))
+        seen.append(part.detach())
+        positive, negative = part.clamp(min=0), part.clamp(max=0)
+        back = positive * low_slope[:, own] + negative * high_slope[:, own] - push[:, own]
+        constant = constant + (negative * shift[:, own]).sum(1) + back @ block.constant
+        a = a[:, :width] + back @ block.matrix
+    value = a.clamp(min=0) @ box.lower + a.clamp(max=0) @ box.upper + constant
+    return Bounded(value, a.detach() > 0, torch.cat(seen[::-1], 1))
 
 
-def _slices(box: Box) -> dict[fx.Node, slice]:
-    found, start = {}, 0
-    for relu, layer in box.layers.items():
-        found[relu] = slice(start, start + len(layer.at))
-        start += len(layer.at)
-    return found
+def crown(box: Box, rows: Rows, above: Tensor) -> Tensor:
+    """Lower bounds [R] by CROWN's own slopes, whatever they should exceed."""
+    return lower_bounds(box, rows, crown_choice(box)).value
 
 
 def _lines(box: Box, choice: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Slopes of the lower and upper line, the upper line's constant, and the pull of the split constraints: [R, K] each."""
-    low, high = box.lowers, box.uppers
-    slope = (high / (high - low)).expand_as(choice.alpha)
+    slope = (box.high / (box.high - box.low)).expand_as(choice.alpha)
     fixed = (choice.sign > 0).to(slope.dtype)
     free = choice.sign == 0
-    shift = torch.where(free, -low * slope, torch.zeros_like(slope))
+    shift = torch.where(free, -box.low * slope, torch.zeros_like(slope))
     return torch.where(free, choice.alpha, fixed), torch.where(free, slope, fixed), shift, choice.sign * choice.beta
 
 
 def crown_choice(box: Box, rows: int = 1) -> Choice:
     """CROWN's slopes: 1 where the upper line is steeper than 1/2, else 0; no splits."""
-    low, high = box.lowers, box.uppers
-    alpha = (high / (high - low) > 0.5).to(low.dtype).expand(rows, -1).clone()
+    alpha = (box.high / (box.high - box.low) > 0.5).to(box.low.dtype).expand(rows, -1).clone()
     return Choice(alpha, torch.zeros_like(alpha), torch.zeros_like(alpha))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ball import Interval, Region
-from .bounds import INTERVAL_RULES, batchnorm_scale, conv
+from .bounds import INTERVAL_RULES, BatchNorm, batchnorm_scale, conv
 from .graph import layer_type, walk
 from .normalise import Normalize
 from .proof import UnsupportedNetworkError
@@ -22,7 +22,11 @@ SHARE = {torch.float32: 1e-4, torch.float64: 1e-9}
 UNIT = {dtype: torch.finfo(dtype).eps for dtype in SHARE}
 SAFETY = 4.0
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
-ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh, nn.ReLU)  # no two values move apart: the error stays what it was
+MEANS = ("mean", torch.mean)
+ELEMENTWISE = (  # no two values move apart: the error stays what it was
+    nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh, nn.ReLU, F.relu6,
+)
+SHAPES = ("size", getattr, operator.getitem)
 
 
 class Tracked(NamedTuple):
@@ -44,9 +48,9 @@ def _per_sample(x: Tensor) -> Tensor:
 
 def _affine(layer: nn.Module, x: Tracked, op: Callable[[Tensor], Tensor], terms: int, shift: Tensor | float) -> Tracked:
     """`op` applies the layer's absolute weights; a sum of n terms loses at most n units of its absolute sum."""
-    total = op(x.size) + shift
+    total, error = op(torch.cat([x.size, x.error])).chunk(2)  # once, since absolute weights cost more than a single sample
     bounds = INTERVAL_RULES[layer_type(layer)](layer, x.bounds)
-    return _fresh(bounds, op(x.error), x.largest, total, terms)
+    return _fresh(bounds, error, x.largest, total + shift, terms)
 
 
 def _linear(layer: nn.Linear, x: Tracked) -> Tracked:
@@ -59,12 +63,12 @@ def _conv(layer: nn.Conv2d, x: Tracked) -> Tracked:
     return _affine(layer, x, lambda v: conv(layer, v, layer.weight.abs()), layer.weight[0].numel() + 1, shift)
 
 
-def _batchnorm(layer: nn.BatchNorm2d, x: Tracked) -> Tracked:
-    scale, _ = batchnorm_scale(layer)
+def _batchnorm(layer: BatchNorm, x: Tracked) -> Tracked:
+    scale, _ = batchnorm_scale(layer, x.error.dim())
     assert layer.running_mean is not None
-    shift = layer.running_mean.abs().view(1, -1, 1, 1) * scale.abs()  # rounded apart from the bias that it may cancel with
+    shift = layer.running_mean.abs().view_as(scale) * scale.abs()  # rounded apart from the bias that it may cancel with
     if layer.affine:
-        shift = shift + layer.bias.abs().view(1, -1, 1, 1)
+        shift = shift + layer.bias.abs().view_as(scale)
     return _affine(layer, x, lambda v: v * scale.abs(), 8, shift)
 
 
@@ -104,8 +108,14 @@ def _call(kind: Any) -> Callable[..., Tracked]:
 
     def rule(x: Tracked, *args: Any, **kwargs: Any) -> Tracked:
         bounds = INTERVAL_RULES[kind](x.bounds, *args, **kwargs)
-        size, error = through(x.size, *args, **kwargs), through(x.error, *args, **kwargs)
-        return _fresh(bounds, error, x.largest, size, _window(None, x.size) if kind in AVERAGES else 2)
+        size = through(x.size, *args, **kwargs)
+        error = x.error if kind in ELEMENTWISE else through(x.error, *args, **kwargs)
+        terms = 2
+        if kind in AVERAGES:
+            terms = _window(None, x.size)
+        elif kind in MEANS:
+            terms += x.size[0].numel() // max(1, size[0].numel())
+        return _fresh(bounds, error, x.largest, size, terms)
 
     return rule
 
@@ -121,16 +131,23 @@ def _cat(parts: Sequence[Tracked], dim: int = 0) -> Tracked:
     return Tracked(bounds, torch.cat([part.error for part in parts], dim), largest)
 
 
-_OWN: dict[Any, Callable[..., Tracked]] = {
+def _shape(kind: Any) -> Callable[..., Any]:
+    """What a forward asks of shapes, not of values."""
+    return lambda x, *args: INTERVAL_RULES[kind](x.bounds if isinstance(x, Tracked) else x, *args)
+
+
+_OWN: dict[Any, Callable[..., Any]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
+    nn.BatchNorm1d: _batchnorm,
     nn.BatchNorm2d: _batchnorm,
     Normalize: _normalise,
     operator.add: _add,
     torch.add: _add,
     torch.cat: _cat,
+    **{kind: _shape(kind) for kind in SHAPES},
 }
-ERROR_RULES: Mapping[Any, Callable[..., Tracked]] = {
+ERROR_RULES: Mapping[Any, Callable[..., Any]] = {
     kind: _OWN.get(kind) or (_other_layer(kind) if isinstance(kind, type) else _call(kind)) for kind in INTERVAL_RULES
 }
 
@@ -142,21 +159,30 @@ def allowance(model: nn.Module, x: Region) -> Tensor:
     With S the largest sum |w||x| + |b| met while propagating, it is the larger of 1e-4 S (float32; 1e-9 S in float64) and
     SAFETY times a running error bound, which also sees errors that later layers magnify.
     """
-    dtype = x.lower.dtype
-    start = torch.maximum(x.lower.abs(), x.upper.abs())
-    output = walk(model, Tracked(x, start, _per_sample(start)), ERROR_RULES)
-    return torch.maximum(SHARE[dtype] * output.largest, SAFETY * UNIT[dtype] * _per_sample(output.error))
+    return bounds_and_allowance(model, x)[1]
 
 
 @torch.no_grad()
-def allowance_for(model: nn.Module, x: Region, margin: Tensor) -> Tensor:
-    """A valid allowance [N] for each margin: the one of the box around all samples where that decides, else the sample's own.
+def bounds_and_allowance(model: nn.Module, x: Region) -> tuple[Region, Tensor]:
+    """Interval bounds of the logits [N, C] and the allowance [N], in one walk."""
+    dtype = x.lower.dtype
+    start = torch.maximum(x.lower.abs(), x.upper.abs())
+    output = walk(model, Tracked(x, start, _per_sample(start)), ERROR_RULES)
+    needed = torch.maximum(SHARE[dtype] * output.largest, SAFETY * UNIT[dtype] * _per_sample(output.error))
+    return output.bounds, needed
 
-    The box around all holds every sample's region, so its allowance is at least each sample's, at the price of one.
-    """
+
+def box_around(x: Region) -> Interval:
+    """One box that holds every sample's region: its allowance is at least each sample's, at the price of one."""
+    return Interval(x.lower.amin(0, keepdim=True), x.upper.amax(0, keepdim=True))
+
+
+@torch.no_grad()
+def allowance_for(model: nn.Module, x: Region, margin: Tensor, around: Tensor | None = None) -> Tensor:
+    """A valid allowance [N] for each margin: `around`, that of the box around all, where it decides, else the sample's own."""
     if len(margin) == 0:
         return torch.zeros_like(margin)
-    around = allowance(model, Interval(x.lower.amin(0, keepdim=True), x.upper.amax(0, keepdim=True)))
+    around = allowance(model, box_around(x)) if around is None else around
     allowed = around.expand(len(margin)).clone()
     close = (~(margin.abs() > around)).nonzero().flatten()
     if len(close):

@@ -2,12 +2,15 @@
 
 Wang et al. 2018, "MixTrain: scalable training of verifiably robust neural networks" (arXiv 1811.02625). Every value is an
 affine form in the pixels' noise and in one new symbol per unstable ReLU: affine layers act on it exactly, an unstable ReLU
-becomes a parallelogram, and differences of classes are taken between forms, before they are made numbers.
+becomes a parallelogram, a maximum max(a, b) = b + relu(a - b), and differences of classes are taken between forms, before
+they are made numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -33,18 +36,29 @@ COPIES = 4  # a layer's coefficients before and after it, their absolute values,
 class Form(NamedTuple):
     """centre + sum_k spread[:, k] * e_k with every e_k in [-1, 1]; centre [N, ...], spread [N, K, ...].
 
-    error: bound of the rounding error accumulated in centre and spread together, in units of the precision, [N, ...].
-    largest: per sample the largest sum |w||x| + |b| met so far.
+    blocks: (number, count) of the groups of symbols that follow each other in `spread`, in the order they came to be; equal
+    numbers mean equal symbols. error: bound of the rounding error accumulated in centre and spread together, in units of the
+    precision, [N, ...]. largest: per sample the largest sum |w||x| + |b| met so far.
     """
 
     centre: Tensor
     spread: Tensor
+    blocks: tuple[tuple[int, int], ...]
     error: Tensor
     largest: Tensor
 
     @property
     def radius(self) -> Tensor:
         return self.spread.abs().sum(1)
+
+    def over(self, blocks: Sequence[tuple[int, int]]) -> Tensor:
+        """The spread over these blocks, 0 for those that the form does not hold."""
+        own = dict(zip(self.blocks, self.spread.split([count for _, count in self.blocks], 1)))
+        n, shape = len(self.spread), self.spread.shape[2:]
+        return torch.cat([own[one] if one in own else self.spread.new_zeros(n, one[1], *shape) for one in blocks], 1)
+
+
+_numbers = itertools.count(1)  # of groups of symbols; the pixels are 0
 
 
 def _form(box: Interval) -> Form:
@@ -53,7 +67,7 @@ def _form(box: Interval) -> Form:
     pixels = radius.flatten(1)
     spread = torch.diag_embed(pixels).view(len(pixels), pixels.shape[1], *radius.shape[1:])
     size = torch.maximum(box.lower.abs(), box.upper.abs()).detach()
-    return Form(centre, spread, 4 * size, size.flatten(1).amax(1))
+    return Form(centre, spread, ((0, pixels.shape[1]),), 4 * size, size.flatten(1).amax(1))
 
 
 def _each(apply: Callable[[Tensor], Tensor], spread: Tensor) -> Tensor:
@@ -72,7 +86,7 @@ def _affine(x: Form, apply: Apply, shift: Tensor | None, absolute: Apply, offset
         total = absolute(x.centre.abs() + x.radius) + offset
         error = absolute(x.error) + terms * (total + _underflow(total))
         largest = torch.maximum(x.largest, total.flatten(1).amax(1))
-    return Form(centre, _each(apply, x.spread), error, largest)
+    return Form(centre, _each(apply, x.spread), x.blocks, error, largest)
 
 
 def _underflow(like: Tensor) -> float:
@@ -128,7 +142,7 @@ def _flatten(layer: nn.Flatten, x: Form) -> Form:
 def _flatten_call(x: Form, start_dim: int = 0, end_dim: int = -1) -> Form:
     if (start_dim, end_dim) != (1, -1):
         raise UnsupportedNetworkError(f"no symbolic rule for flatten({start_dim}, {end_dim}); use flatten(x, 1)")
-    return Form(x.centre.flatten(1), x.spread.flatten(2), x.error.flatten(1), x.largest)
+    return Form(x.centre.flatten(1), x.spread.flatten(2), x.blocks, x.error.flatten(1), x.largest)
 
 
 def _relu(x: Form) -> Form:
@@ -138,12 +152,13 @@ def _relu(x: Form) -> Form:
     unstable = (lower < 0) & (upper > 0)
     slope = torch.where(unstable, upper / torch.where(unstable, upper - lower, 1.0), (lower >= 0).to(lower.dtype))
     half = torch.where(unstable, -lower * slope / 2, 0.0)
-    spread = torch.cat([x.spread * slope.unsqueeze(1), _fresh_symbols(half, unstable)], 1)
+    fresh = _fresh_symbols(half, unstable)
+    spread = torch.cat([x.spread * slope.unsqueeze(1), fresh], 1)
     with torch.no_grad():
         size = x.centre.abs() + radius  # |z| as known here, and the absolute sums behind it
         error = x.error + (x.spread.shape[1] + 16) * (size + _underflow(size))
         largest = torch.maximum(x.largest, size.flatten(1).amax(1))
-    return Form(x.centre * slope + half, spread, error, largest)
+    return Form(x.centre * slope + half, spread, (*x.blocks, (next(_numbers), fresh.shape[1])), error, largest)
 
 
 def _fresh_symbols(half: Tensor, unstable: Tensor) -> Tensor:
@@ -154,6 +169,65 @@ def _fresh_symbols(half: Tensor, unstable: Tensor) -> Tensor:
     fresh = torch.zeros(len(flat), count, flat.shape[1], dtype=half.dtype, device=half.device)
     fresh = fresh.scatter(2, order.unsqueeze(2), flat.gather(1, order).unsqueeze(2))
     return fresh.view(len(flat), count, *half.shape[1:])
+
+
+def _joined(forms: Sequence[Form]) -> tuple[list[Tensor], tuple[tuple[int, int], ...]]:
+    """Spreads over the symbols of all of them."""
+    blocks = tuple(sorted({one for form in forms for one in form.blocks}))
+    return [form.over(blocks) for form in forms], blocks
+
+
+def _add(a: Any, b: Any, alpha: float = 1) -> Form:
+    if alpha != 1:
+        raise UnsupportedNetworkError(f"no symbolic rule for torch.add with alpha={alpha}")
+    if not isinstance(a, Form) or not isinstance(b, Form):
+        raise UnsupportedNetworkError("no symbolic rule to add a constant inside the network's forward")
+    spreads, blocks = _joined([a, b])
+    with torch.no_grad():
+        total = a.centre.abs() + a.radius + b.centre.abs() + b.radius
+        error = a.error + b.error + 2 * (total + _underflow(total))
+        largest = torch.maximum(torch.maximum(a.largest, b.largest), total.flatten(1).amax(1))
+    return Form(a.centre + b.centre, spreads[0] + spreads[1], blocks, error, largest)
+
+
+def _cat(parts: Sequence[Form], dim: int = 0) -> Form:
+    if dim <= 0:
+        raise UnsupportedNetworkError(f"no symbolic rule for torch.cat along {dim}; name a dimension from 1 on")
+    spreads, blocks = _joined(parts)
+    largest = torch.stack([part.largest for part in parts]).amax(0)
+    centre, error = (torch.cat([getattr(part, name) for part in parts], dim) for name in ("centre", "error"))
+    return Form(centre, torch.cat(spreads, dim + 1), blocks, error, largest)
+
+
+def _maximum(a: Form, b: Form) -> Form:
+    """max(a, b) = b + relu(a - b)."""
+    return _add(b, _relu(_add(a, b._replace(centre=-b.centre, spread=-b.spread))))
+
+
+def _max_pool(layer: nn.MaxPool2d, x: Form) -> Form:
+    """The maximum of every window by pairs."""
+    if pair(layer.padding) != (0, 0) or layer.ceil_mode or layer.return_indices:
+        raise UnsupportedNetworkError("no symbolic rule for MaxPool2d with padding, ceil_mode or return_indices")
+    rows, columns = pair(layer.kernel_size)
+    parts = [_window(layer, x, place) for place in itertools.product(range(rows), range(columns))]
+    while len(parts) > 1:
+        parts = [*parts[2:], _maximum(parts[0], parts[1])]
+    return parts[0]
+
+
+def _window(layer: nn.MaxPool2d, x: Form, place: tuple[int, int]) -> Form:
+    """One place of every window."""
+    cuts: list[Any] = [...]
+    steps = pair(layer.kernel_size), pair(layer.stride), pair(layer.dilation)
+    for length, at, size, stride, gap in zip(x.centre.shape[2:], place, *steps):
+        count = (length - gap * (size - 1) - 1) // stride + 1
+        cuts.append(slice(at * gap, at * gap + stride * (count - 1) + 1, stride))
+    at_all = tuple(cuts)
+    return x._replace(centre=x.centre[at_all], spread=x.spread[at_all], error=x.error[at_all])
+
+
+def _max_pool_call(x: Form, *args: Any, **options: Any) -> Form:
+    return _max_pool(nn.MaxPool2d(*args, **options), x)
 
 
 def _dropout(layer: nn.Dropout, x: Form) -> Form:
@@ -169,6 +243,11 @@ SYMBOLIC_RULES: Mapping[Any, Callable[..., Form]] = {
     Normalize: _normalise,
     nn.AvgPool2d: _average,
     nn.AdaptiveAvgPool2d: _average,
+    nn.MaxPool2d: _max_pool,
+    F.max_pool2d: _max_pool_call,
+    operator.add: _add,
+    torch.add: _add,
+    torch.cat: _cat,
     nn.Flatten: _flatten,
     torch.flatten: _flatten_call,
     "flatten": _flatten_call,
@@ -180,6 +259,7 @@ SYMBOLIC_RULES: Mapping[Any, Callable[..., Form]] = {
     nn.Dropout: _dropout,
 }
 RELUS = (nn.ReLU, torch.relu, "relu", F.relu)
+MAXIMA = (nn.MaxPool2d, F.max_pool2d)
 
 
 def symbolic_margins(model: nn.Module, box: Interval, y: Tensor) -> Tensor:
@@ -209,23 +289,42 @@ def _settleable(model: nn.Module, box: Interval, y: Tensor) -> tuple[Tensor, Ten
 
 
 class _Tally(NamedTuple):
-    """Interval bounds on the way, the symbols so far, and the most coefficients that a layer has held, per sample."""
+    """Interval bounds on the way, the symbols so far by the operation they came from, and the most coefficients that a layer
+    has held; per sample."""
 
     bounds: Interval
-    symbols: Tensor
+    symbols: dict[int, Tensor]
     most: Tensor
 
 
 def _counting(kind: Any) -> Callable[..., _Tally]:
     def rule(*args: Any, **kwargs: Any) -> _Tally:
-        layer, x, rest = (args[:1], args[1], args[2:]) if isinstance(kind, type) else ((), args[0], args[1:])
-        symbols = x.symbols
-        if kind in RELUS:
-            symbols = symbols + ((x.bounds.lower < 0) & (x.bounds.upper > 0)).flatten(1).sum(1)
-        bounds = INTERVAL_RULES[kind](*layer, x.bounds, *rest, **kwargs)
-        return _Tally(bounds, symbols, torch.maximum(x.most, symbols * bounds.lower[0].numel()))
+        inputs = [one for one in (*args, *(args[0] if kind is torch.cat else ())) if isinstance(one, _Tally)]
+        intervals = [_interval_of(one) for one in args]
+        bounds = INTERVAL_RULES[kind](*intervals, **kwargs)
+        fresh = _fresh_of(kind, inputs[0].bounds, bounds)
+        symbols = {number: count for one in inputs for number, count in one.symbols.items()}
+        symbols |= {} if fresh is None else {next(_numbers): fresh}
+        width = torch.stack([*symbols.values()]).sum(0) * bounds.lower[0].numel()
+        return _Tally(bounds, symbols, torch.stack([width, *(one.most for one in inputs)]).amax(0))
 
     return rule
+
+
+def _interval_of(value: Any) -> Any:
+    if isinstance(value, _Tally):
+        return value.bounds
+    return [_interval_of(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _fresh_of(kind: Any, before: Interval, after: Interval) -> Tensor | None:
+    """About how many new symbols an operation makes per sample: one per unstable ReLU, and per comparison of a maximum."""
+    if kind in RELUS:
+        return ((before.lower < 0) & (before.upper > 0)).flatten(1).sum(1)
+    if kind in MAXIMA:
+        loose = (after.upper > after.lower).flatten(1).sum(1)
+        return loose * max(1, before.lower[0].numel() // max(1, after.lower[0].numel()) - 1)
+    return None
 
 
 TALLY_RULES = {kind: _counting(kind) for kind in SYMBOLIC_RULES}
@@ -236,7 +335,7 @@ def symbolic_bytes(model: nn.Module, box: Interval) -> float:
     """About what the forms of one sample take, (pixels + unstable ReLUs so far) x width, unstable by interval bounds."""
     pixels = box.lower[0].numel()
     symbols = torch.full((len(box.lower),), pixels, device=box.lower.device)
-    found = walk(model, _Tally(box, symbols, symbols * pixels), TALLY_RULES)
+    found = walk(model, _Tally(box, {0: symbols}, symbols * pixels), TALLY_RULES)
     return float(found.most.amax()) * box.lower.element_size() * COPIES
 
 
@@ -310,7 +409,8 @@ def _in_batches(model: nn.Module, box: Interval, y: Tensor) -> tuple[Tensor, Ten
 
 def _require_same_function(model: nn.Module, plain: nn.Module, x: Tensor) -> None:
     """The traced graph must compute what the network computes: a flag may have flipped, a forward been replaced."""
-    out = walk(plain, Form(x, x.new_zeros(len(x), 0, *x.shape[1:]), x.abs(), x.abs().flatten(1).amax(1)), SYMBOLIC_RULES)
+    points = Form(x, x.new_zeros(len(x), 0, *x.shape[1:]), ((0, 0),), x.abs(), x.abs().flatten(1).amax(1))
+    out = walk(plain, points, SYMBOLIC_RULES)
     allowed = torch.maximum(SHARE[x.dtype] * out.largest, SAFETY * UNIT[x.dtype] * out.error.amax(1))
     if not bool(((out.centre - model(x)).abs().amax(1) <= allowed).all()):
         raise UnsupportedNetworkError("the network's forward computes something else than its traced graph; build it anew")

@@ -1,4 +1,4 @@
-"""Counterexamples: images inside the exact linf ball and [0,1] that the float64 network misclassifies."""
+"""Counterexamples: points of a box at which the float64 network breaks a property, and the box inside an exact linf ball."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .ball import Interval
+from .relax import Box, Rows
+from .unrolled import Unrolled
+
+SHOWN = 8  # points that the judge sees at once
+Broken = Callable[[Tensor, Tensor], Tensor]  # logits [N, outputs] and values of the rows [N, T] -> [N]
 
 
 def float_below(eps: Fraction) -> float:
@@ -28,60 +33,81 @@ def inward_box(x: Tensor, eps: Fraction) -> Interval:
     return Interval(torch.minimum(lower, x), torch.maximum(upper, x))
 
 
-class Hunt:
-    """The search around one image x [1, ...] of class y; `lowest` is the smallest float64 margin met so far."""
+class Judge:
+    """Says whether points of the `legal` box [1, ...] break the property: `broken` (logits, values of the rows) of the model.
 
-    def __init__(self, model: nn.Module, x: Tensor, y: int, eps: Fraction, seed: int) -> None:
-        self.model, self.x, self.y = model, x, y
-        self.box = inward_box(x, eps)
+    rows: [T, outputs], offsets: [T]. Points are rounded to the box's own type and judged by the model in float64, wherever
+    it is; `lowest` is the smallest row met so far. `start` is a legal point.
+    """
+
+    def __init__(
+        self, model: nn.Module, legal: Interval, start: Tensor, rows: Tensor, offsets: Tensor, broken: Broken
+    ) -> None:
+        self.model, self.legal, self.start, self.rows, self.offsets, self.broken = model, legal, start, rows, offsets, broken
         self.lowest = float("inf")
-        self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def check(self, points: Tensor) -> Tensor | None:
-        """The first witness among the points [N, ...], put into the ball and rounded to x's type; None if there is none."""
-        points = torch.where(torch.isfinite(points), points, self.x.to(points))
-        legal = points.to(self.x.dtype).clamp(self.box.lower, self.box.upper)
+        """The first witness among the points [N, ...], put into the box and rounded to its type; None if there is none."""
+        points = torch.where(torch.isfinite(points), points, self.start.to(points))
+        legal = points.to(self.legal.lower.dtype).clamp(self.legal.lower, self.legal.upper)
         logits = self.model(legal.double())
-        others = logits.clone()
-        others[:, self.y] = -torch.inf
-        self.lowest = min(self.lowest, float((logits[:, self.y] - others.amax(1)).amin()))
-        wrong = (logits.argmax(1) != self.y).nonzero().flatten()
+        values = logits @ self.rows.mT + self.offsets
+        self.lowest = min(self.lowest, float(values.amin()))
+        wrong = self.broken(logits, values).nonzero().flatten()
         return legal[wrong[:1]] if len(wrong) else None
 
+
+class Hunt:
+    """The search for a point of a relaxed box that breaks a property: on the box's own form of the network, which is fast;
+    what looks broken there is shown to the judge. margins: the rows, allowed [T]: what rounding may add to each."""
+
+    def __init__(self, judge: Judge, network: Unrolled, box: Box, margins: Rows, allowed: Tensor, seed: int) -> None:
+        self.judge, self.network, self.box, self.margins, self.allowed = judge, network, box, margins, allowed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.lowest = float("inf")
+
+    def _values(self, points: Tensor) -> Tensor:
+        return self.box.neurons(points) @ self.margins.matrix.mT + self.margins.constant
+
     @torch.no_grad()
-    def by_margin(self) -> list[int]:
-        """The other classes, the nearest at the image first."""
-        order = self.model(self.x.double())[0].argsort(descending=True, stable=True).tolist()
-        return [j for j in order if j != self.y]
+    def check(self, points: Tensor) -> Tensor | None:
+        """A witness [1, ...] among pixels [N, d] of the box: the judge sees those that look broken, and the lowest so far."""
+        slack = (self._values(points) - self.allowed).amin(1)
+        order = slack.argsort(stable=True)[:SHOWN]
+        shown = order[(slack[order] <= 0) | (slack[order] < self.lowest)]
+        self.lowest = min(self.lowest, float(slack.amin()))
+        return self.judge.check(self.network.images(points[shown])) if len(shown) else None
 
     def descend(
         self, starts: Tensor, targets: Tensor, steps: int, pause: Callable[[], None], first: float = 0.5
     ) -> Tensor | None:
-        """Signed gradient descent on f_y - f_target from each start [N, ...], one target [N] each, steps shrinking from
-        `first` of the ball's width; every point on the way is checked."""
-        lower, upper = self.box.lower.double(), self.box.upper.double()
-        points, width = starts.double().clamp(lower, upper), (upper - lower) / 2
-        for turn in range(steps):
+        """Signed gradient descent on one row each, targets [N], from each start [N, d], steps shrinking from `first` of
+        the box's width; the lowest points on the way are checked."""
+        lower, upper = self.box.lower, self.box.upper
+        points, width = starts.clamp(lower, upper), (upper - lower) / 2
+        best, lowest = points, torch.full((len(points),), torch.inf, dtype=points.dtype)
+        for turn in range(steps + 1):
             pause()
-            witness = self.check(points)
-            if witness is not None:
-                return witness
             with torch.enable_grad():
-                at = points.detach().requires_grad_()
-                logits = self.model(at)
-                loss = logits[:, self.y] - logits.gather(1, targets[:, None]).squeeze(1)
+                at = points.requires_grad_()
+                values = self._values(at)
+                loss = values.gather(1, targets[:, None]).squeeze(1)
                 (gradient,) = torch.autograd.grad(loss.sum(), at)
+            least = (values.detach() - self.allowed).amin(1)
+            best = torch.where((least < lowest)[:, None], points.detach(), best.detach())
+            lowest = torch.minimum(lowest, least)
+            if bool((least <= 0).any()) or turn == steps:
+                witness = self.check(best)
+                if witness is not None or turn == steps:
+                    return witness
             size = first * (0.02 + 0.98 * (1 - turn / steps))
             points = (points.detach() - size * width * gradient.sign()).clamp(lower, upper)
-        return self.check(points)
+        raise AssertionError("the last turn returns")
 
-    def sweep(self, targets: list[int], restarts: int, steps: int, pause: Callable[[], None]) -> Tensor | None:
-        """`descend` for every target from the image itself and from random points of the ball."""
-        lower, upper = self.box.lower.double(), self.box.upper.double()
-        count = len(targets) * restarts
-        share = torch.rand(count, *self.x.shape[1:], generator=self.generator, dtype=torch.float64).to(lower)
-        starts = lower + share * (upper - lower)
-        starts[:: restarts] = self.x.double()
-        wanted = torch.tensor(targets, device=self.x.device).repeat_interleave(restarts)
-        return self.descend(starts, wanted, steps, pause)
+    def sweep(self, targets: Tensor, restarts: int, steps: int, pause: Callable[[], None]) -> Tensor | None:
+        """`descend` for every target from the box's middle and from random points of it."""
+        lower, upper = self.box.lower, self.box.upper
+        share = torch.rand(len(targets) * restarts, len(lower), generator=self.generator, dtype=torch.float64)
+        share[::restarts] = 0.5
+        return self.descend(lower + share * (upper - lower), targets.repeat_interleave(restarts), steps, pause)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from ..errors import UserError
+from .interchange import answer_property
 from .options import DataDir, Device, Json, app, show, stderr
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from ..question import Question
 
 
 @app.command(epilog="Example: `sparsecert certify runs/digits@1/checkpoints/NAME.safetensors --eps 0.1 --verifier crown`")
 def certify(
-    checkpoint: Annotated[Path, typer.Argument(help="A plain checkpoint: .safetensors, or a .pt state dict.")],
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="A plain checkpoint: .safetensors, a .pt state dict, or .onnx.")],
     arch: Annotated[Optional[str], typer.Option(help="Architecture; default: what the file says or what fits.")] = None,  # noqa: UP045
     data: Annotated[Optional[str], typer.Option(help="Data set; default: what the file says.")] = None,  # noqa: UP045
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
@@ -40,6 +48,11 @@ def certify(
     curtail: Annotated[bool, typer.Option(help="Smoothing, fixed: stop when the answer at eps cannot change any more.")] = False,
     nodes: Annotated[int, typer.Option(help="exact: subproblems per image.")] = 2000,
     time_limit: Annotated[Optional[float], typer.Option(help="exact: seconds per image.")] = None,  # noqa: UP045
+    radius: Annotated[bool, typer.Option("--radius", help="exact: bracket each image's minimal distance, up to --eps.")] = False,
+    tolerance: Annotated[str, typer.Option(help="exact --radius: width of a bracket that is narrow enough.")] = "1/1000",
+    curve: Annotated[
+        Optional[str], typer.Option(help="Certified and attacked accuracy at these eps, too, like 0.02,0.05,0.1.")  # noqa: UP045
+    ] = None,
     density: Annotated[Optional[str], typer.Option(help="Kept fraction, for score checkpoints that do not hold it.")] = None,  # noqa: UP045
     claim: Annotated[Optional[str], typer.Option(help="Claimed pruned share, such as 0.99; exit code 3 if false.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(help="Images judged, and kept with --out, at a time.")] = 250,
@@ -47,7 +60,13 @@ def certify(
         Optional[float], typer.Option(help="Seconds; images not reached have the verdict timeout.")  # noqa: UP045
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="Folder for answer.json and rows.csv; a killed run goes on from there.")  # noqa: UP045
+        Optional[Path], typer.Option(help="Folder for report.html, JSON and tables; a killed run goes on from there.")  # noqa: UP045
+    ] = None,
+    vnnlib: Annotated[
+        Optional[Path], typer.Option(help="Answer this VNN-LIB property of an .onnx network (unsat, sat ...) instead.")  # noqa: UP045
+    ] = None,
+    export: Annotated[
+        Optional[Path], typer.Option(help="Folder for net.onnx and a VNN-LIB property per image, for any other verifier.")  # noqa: UP045
     ] = None,
     device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; more than 1 pays for large networks on an idle machine.")] = 1,
@@ -57,37 +76,18 @@ def certify(
     """Certify one checkpoint: measured density, clean, attacked and certified accuracy, and a verdict per test image."""
     import torch
 
-    from ..build import fraction
-    from ..certify import Question
     from ..certify import certify as ask
     from ..evaluate import ContradictionError
     from ..files import make_folder
     from ..run import pick_device
     from ..screen import Judging
 
-    if norm not in ("linf", "l2"):
-        raise UserError(f"--norm must be linf or l2, got {norm!r}")
-    radius = fraction(eps, "--eps")
-    if radius == 0:
-        raise UserError("--eps must be positive: a ball of radius 0 proves nothing")
-    for name, number in (("--limit", limit), ("--batch-size", batch_size), ("--threads", threads)):
-        if number is not None and number < 1:
-            raise UserError(f"{name} must be at least 1, got {number}")
-    if total_time_limit is not None and not total_time_limit > 0:
-        raise UserError(f"--total-time-limit must be a positive number of seconds, got {total_time_limit}")
-    asked = tuple(verifier or ("ibp", "crown"))
-    attacks = tuple(attack) if attack else () if set(asked) == {"smoothing"} else ("pgd",)
-    smoothing: tuple[tuple[str, Any], ...] = (("sigma", sigma), ("n0", n0), ("n", n), ("alpha", alpha), ("seed", seed))
-    smoothing += (("rule", rule), ("curtail", curtail))
-    smoothing += (("grid", tuple(grid.split(","))),) if grid else ()
-    exact = (("nodes", nodes), ("seconds", time_limit))
+    _check_counts(context.params)
     torch.set_num_threads(threads)
-    question = Question(
-        checkpoint, norm, radius, asked, attacks, arch, data,
-        data_dir, limit, tuple(mean or ()), tuple(std or ()), smoothing, exact,
-        None if density is None else fraction(density, "--density"), None if claim is None else fraction(claim, "--claim"),
-        batch_size, total_time_limit,
-    )
+    if vnnlib is not None:
+        answer_property(context, checkpoint, vnnlib)
+        return
+    question = _question(context.params)
     with Judging(stderr()) as screen:
         try:
             answer = ask(question, pick_device(device), None if out is None else make_folder(out), screen.moved)
@@ -103,6 +103,48 @@ def certify(
     if answer["claim"] and not answer["claim"]["holds"]:
         print(f"sparsecert: {answer['claim']['sentence']}", file=sys.stderr)
         raise typer.Exit(3)
+
+
+def _check_counts(options: Mapping[str, Any]) -> None:
+    for name in ("limit", "batch_size", "threads"):
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {options[name]}")
+
+
+def _question(options: Mapping[str, Any]) -> Question:
+    """The question that the options of the command line ask; raises UserError for those that make no sense."""
+    from ..build import fraction
+    from ..question import Question
+
+    norm, total = options["norm"], options["total_time_limit"]
+    if norm not in ("linf", "l2"):
+        raise UserError(f"--norm must be linf or l2, got {norm!r}")
+    if total is not None and not total > 0:
+        raise UserError(f"--total-time-limit must be a positive number of seconds, got {total}")
+    if not options["radius"] and options["tolerance"] != "1/1000":
+        raise UserError("--tolerance is the width of --radius's brackets; ask for --radius as well")
+    verifiers = tuple(options["verifier"] or ("ibp", "crown"))
+    attacks = tuple(options["attack"] or (() if set(verifiers) == {"smoothing"} else ("pgd",)))
+    smoothing = tuple((name, options[name]) for name in ("sigma", "n0", "n", "alpha", "seed", "rule", "curtail"))
+    smoothing += (("grid", tuple(options["grid"].split(","))),) if options["grid"] else ()
+    share = {name: None if options[name] is None else fraction(options[name], f"--{name}") for name in ("density", "claim")}
+    return Question(
+        Path(options["checkpoint"]), norm, _radius(options["eps"], "--eps"), verifiers, attacks, options["arch"], options["data"],
+        options["data_dir"], options["limit"], tuple(options["mean"] or ()), tuple(options["std"] or ()), smoothing,
+        (("nodes", options["nodes"]), ("seconds", options["time_limit"])), **share,
+        batch=options["batch_size"], total_seconds=total,
+        curve=() if options["curve"] is None else tuple(sorted({_radius(one, "--curve") for one in options["curve"].split(",")})),
+        tolerance=_radius(options["tolerance"], "--tolerance") if options["radius"] else None, export=options["export"],
+    )
+
+
+def _radius(text: str, option: str) -> Fraction:
+    from ..build import fraction
+
+    found = fraction(text, option)
+    if found == 0:
+        raise UserError(f"{option} must be positive: a radius of 0 proves nothing")
+    return found
 
 
 def print_answer(answer: dict[str, Any]) -> None:
@@ -129,7 +171,17 @@ def print_answer(answer: dict[str, Any]) -> None:
             row(f"verdict {name}", found[name])
     console = Console()
     console.print(table)
+    for point in (point for point in answer["curve"] if point["exact"] is not None):
+        what = f"certified by {point['by']}" if point["kind"] == "certified" else "survive every attack"
+        console.print(f"at {point['exact']}: {what} {point['count']} of {point['n']}", highlight=False, markup=False)
+    if "distance" in found:
+        each = found["distance"]
+        most = "" if each["median_upper"] is None else f", at most {each['median_upper']:.6g}"
+        console.print(f"minimal distance, median of {each['n']} images: at least {each['median_lower'] or 0:.6g}{most}")
     console.print(f"density {found['density']:.4%} of conv and linear weights, {found['seconds']['total']:.1f} s")
+    if "stored" in answer["passport"]:
+        stored = answer["passport"]["stored"]
+        console.print(f"stored form: {stored['kept']:,} non-zeros, {stored['density']:.4%} of the dense weights")
     sentences = [f"read as: {answer['layout']}", *answer["notes"], *(flag["sentence"] for flag in answer["health"])]
     sentences += [answer["claim"]["sentence"]] if answer["claim"] else []
     for sentence in [*sentences, *answer["warnings"], *([answer["note"]] if answer["note"] else [])]:

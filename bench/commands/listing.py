@@ -35,12 +35,12 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
     from .. import build
     from ..cells import read_suite, shipped
     from ..data import DATASETS
-    from ..models import MODELS
+    from ..models import ARCHITECTURES
 
     if kind == "attacks":
         return build.described_attacks()
     if kind == "models":
-        return [build.entry(name, function) for name, function in MODELS.items()]
+        return [build.entry(name, function) for name, function in ARCHITECTURES.items()]
     if kind == "data":
         return [
             {"name": name, "summary": source.description, "fields": {"files": source.files or "embedded"}}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,27 +12,10 @@ from torch import Tensor, nn
 from attacks import lp
 from attacks.pgd import PGD
 
-from ..train import Progress
+from ..train import Benign, Progress
+from .modes import evaluating
 
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode: adversarial inputs are crafted with BatchNorm statistics and dropout at rest."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@dataclass(frozen=True)
-class Benign:
-    """Cross-entropy on clean images: the reference without robustness."""
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
-        return F.cross_entropy(model(x), y)
+__all__ = ["Benign", "FastTraining", "FreeTraining", "PGDTraining", "Trades", "evaluating"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +24,7 @@ class PGDTraining:
 
     step_size defaults to eps/4 (HYDRA's 2/255 at 8/255); the attack sees the masked weights, in eval mode. With `warmup`,
     eps and step_size grow from 0 over the phase's ramp, without which very sparse networks trained from scratch stay weak.
+    clean_share is the weight of the clean cross-entropy beside the adversarial one (ATMC: 1/2).
     """
 
     norm: str = "linf"
@@ -50,19 +32,76 @@ class PGDTraining:
     steps: int = 10
     step_size: Fraction | None = None
     warmup: bool = False
+    clean_share: float = 0.0
 
     def __post_init__(self) -> None:
         self._attack(Fraction(1))
+        if not 0 <= self.clean_share <= 1:
+            raise ValueError(f"clean_share is between 0 and 1, got {self.clean_share}")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
         share = Fraction(progress.ramp) if self.warmup else Fraction(1)
         with evaluating(model):
             x_adv = self._attack(share)(model, x, y)
-        return F.cross_entropy(model(x_adv), y)
+        robust = F.cross_entropy(model(x_adv), y)
+        if self.clean_share == 0:
+            return robust
+        return self.clean_share * F.cross_entropy(model(x), y) + (1 - self.clean_share) * robust
 
     def _attack(self, share: Fraction) -> PGD:
         step_size = None if self.step_size is None else self.step_size * share
         return PGD(norm=self.norm, eps=self.eps * share, steps=self.steps, step_size=step_size, seed=None, last=True)
+
+
+@dataclass(frozen=True)
+class FastTraining:
+    """Cross-entropy after one gradient step from a uniform random start, projected. Wong et al. 2020 (arXiv 2001.03994).
+
+    The step has `stretch` times eps. Watch PGD accuracy: training can overfit to its own step ("catastrophic overfitting").
+    """
+
+    norm: str = "linf"
+    eps: Fraction = Fraction(8, 255)
+    stretch: Fraction = Fraction(5, 4)
+
+    def __post_init__(self) -> None:
+        self._training()
+        if self.stretch < 0:
+            raise ValueError(f"stretch is at least 0, got {self.stretch}")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        return self._training()(model, x, y, progress)
+
+    def _training(self) -> PGDTraining:
+        return PGDTraining(self.norm, self.eps, steps=1, step_size=self.stretch * self.eps)
+
+
+@dataclass(frozen=True)
+class FreeTraining:
+    """Cross-entropy on images plus a perturbation that every optimizer step moves on. Shafahi et al. 2019 (arXiv 1904.12843).
+
+    The loop repeats each batch `replays` times, in as many fewer epochs, and one backward pass gives both gradients: the
+    perturbation goes a step of step_size (default eps) along the sign of its own, stays within eps (linf) and is carried on to
+    the next batch. With `renewed` it is zero again in every epoch (HYDRA's code). Called by itself, this is the loss at x.
+    """
+
+    eps: Fraction = Fraction(8, 255)
+    replays: int = 4
+    step_size: Fraction | None = None
+    renewed: bool = False
+
+    def __post_init__(self) -> None:
+        lp.check_ball("linf", self.eps)
+        if self.replays < 1:
+            raise ValueError(f"free training needs replays >= 1, got {self.replays}")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    def moved(self, perturbation: Tensor, gradient: Tensor) -> Tensor:
+        """The next perturbation, from the gradient of the step's loss with respect to the last one."""
+        eps, step = float(self.eps), self.eps if self.step_size is None else self.step_size
+        return lp.ascend(perturbation, gradient, "linf", step).clamp(-eps, eps)
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,12 @@ objectives = ["stability"]
 # To renew after a deliberate change of the format, paste what this prints (GOLDEN.toml holds TEXT):
 #   python -c "from bench.cells import read_suite; print(*[c.id for c in read_suite('GOLDEN.toml').cells][:6], sep='\n')"
 GOLDEN = [
-    "try@3-cnn_small-dense-pgd-d1-s0-e6d92f6a",
-    "try@3-cnn_small-hydra-pgd-d0.1-s0-d531df0a",
-    "try@3-cnn_small-hydra-pgd-d0.05-s0-0885e18e",
-    "try@3-cnn_small-dense-pgd-d1-s1-34552e35",
-    "try@3-cnn_small-hydra-pgd-d0.1-s1-39ce45f9",
-    "try@3-cnn_small-hydra-pgd-d0.05-s1-ff002b9f",
+    "try@3-cnn_small-dense-pgd-d1-s0-754aca19",
+    "try@3-cnn_small-hydra-pgd-d0.1-s0-7dbef07b",
+    "try@3-cnn_small-hydra-pgd-d0.05-s0-3a3b0f3d",
+    "try@3-cnn_small-dense-pgd-d1-s1-4ff6fef5",
+    "try@3-cnn_small-hydra-pgd-d0.1-s1-ea0be856",
+    "try@3-cnn_small-hydra-pgd-d0.05-s1-2b217b14",
 ]
 
 Read = Callable[..., Suite]
@@ -270,7 +270,8 @@ def test_a_fingerprint_changes_with_every_field_of_a_cell(read: Read, name: str)
 @pytest.mark.parametrize("one", fields(Budget), ids=lambda one: one.name)
 def test_a_fingerprint_changes_with_every_number_of_the_budget(read: Read, one: Any) -> None:
     cell = cell_of(read(), "pgd")
-    value = {"optimizer": "adam", "ramp": 0.25}.get(one.name) or getattr(cell.budget, one.name) + 1
+    words = {"optimizer": "adam", "ramp": 0.25, "schedule": "step", "milestones": (0.25,), "precision": "bf16"}
+    value = words.get(one.name) or getattr(cell.budget, one.name) + 1
     assert replace(cell, budget=replace(cell.budget, **{one.name: value})).fingerprint != cell.fingerprint
 
 
@@ -353,6 +354,13 @@ def test_a_fingerprint_changes_with_every_attack_verifier_and_objective_field(re
 )  # fmt: skip
 def test_a_mistake_in_a_suite_is_one_sentence(read: Read, old: str, new: str, complaint: str) -> None:
     assert complaint in refused(read, old, new)
+
+
+def test_mixtrain_is_refused_on_networks_that_it_would_take_too_much_memory_for(read: Read) -> None:
+    mixtrain = ('name = "pgd"\neps = "8/255"\nsteps = 3', 'name = "mixtrain"', 'objectives = ["pgd"]', "")
+    assert "mlp, cnn_*, lenet" in refused(read, *mixtrain, '"cnn_small", "mlp"', '"mlp", "resnet18@1/16"')
+    narrow = read(*mixtrain, '"cnn_small", "mlp"', '"cnn_small@1/2", "mlp"')
+    assert {cell.arch for cell in narrow.cells} == {"cnn_small@1/2", "mlp"}
 
 
 def test_an_attack_on_the_first_images_only_is_refused_since_the_rest_would_count_as_robust(read: Read) -> None:

@@ -23,7 +23,7 @@ from bench import checkpoints
 from bench.checkpoints import Card, guess_arch, load_checkpoint, network, save_checkpoint
 from bench.errors import UserError
 from bench.methods import LWM
-from bench.models import MODELS, build_model
+from bench.models import PLAIN, build_model
 from bench.phases import fit
 from bench.sparsity import density_of, effective_state, keep_largest, mask_layers, weights
 from bench.train import Training
@@ -65,7 +65,7 @@ def refused(path: Path, card: Card = CARD) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".ckpt"])
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("arch", PLAIN)
 def test_logits_and_zero_pattern_survive_saving_and_loading(tmp_path: Path, arch: str, suffix: str) -> None:
     model, path, x = sparse_net(arch), tmp_path / f"net{suffix}", torch.rand(5, *SHAPE)
     card = replace(CARD, arch=arch)
@@ -250,7 +250,7 @@ def test_what_is_not_a_plain_state_dict_is_refused_with_the_way_out(tmp_path: Pa
 # ---- other networks' weights -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", [name for name in MODELS if name != "cnn_small"])
+@pytest.mark.parametrize("arch", [name for name in PLAIN if name != "cnn_small"])
 def test_another_architectures_weights_are_refused_by_name(tmp_path: Path, arch: str) -> None:
     save_file(dict(build_model(arch, SHAPE, 10).state_dict()), tmp_path / "net.safetensors")
     assert "is not a checkpoint of cnn_small for 1x16x16 images and 10 classes" in refused(tmp_path / "net.safetensors")
@@ -343,7 +343,7 @@ def test_a_safetensors_file_of_others_has_no_card(tmp_path: Path, state: dict[st
 # ---- guessing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("arch", PLAIN)
 def test_the_architecture_is_guessed_from_names_and_shapes(arch: str) -> None:
     state = build_model(arch, SHAPE, 10).state_dict()
     assert guess_arch(state, SHAPE, 10) == arch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import pickle
 import struct
 import tarfile
@@ -21,12 +20,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bench import readers
-from bench.data import AUGMENTATIONS, DATASETS, Dataset, Split, batches, load
+from bench.data import AUGMENTATIONS, DATASETS, Dataset, Split, batches, data_folder, load
 from bench.errors import UserError
 
 MNIST_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-HERE = Path(os.environ.get("SPARSECERT_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+HERE = data_folder()
 
 
 @pytest.fixture(autouse=True)
@@ -137,22 +136,23 @@ def test_equal_seeds_give_equal_batches_and_the_next_epoch_another_order(augment
     assert not torch.equal(first[0], first[1])
 
 
-def windows(image: np.ndarray) -> Iterator[np.ndarray]:
-    padded = np.pad(image, ((0, 0), (4, 4), (4, 4)))
+def windows(image: np.ndarray, mode: Any = "constant") -> Iterator[np.ndarray]:
+    padded = np.pad(image, ((0, 0), (4, 4), (4, 4)), mode)
     for top in range(9):
         for left in range(9):
             yield padded[:, top : top + image.shape[1], left : left + image.shape[2]]
 
 
-@pytest.mark.parametrize("augment, changes", [("crop", 1), ("crop-flip", 2)])
+@pytest.mark.parametrize("augment, changes", [("crop", 1), ("crop-flip", 2), ("reflect-crop-flip", 2)])
 def test_every_augmented_image_is_a_window_of_its_padded_self_and_all_windows_occur(augment: str, changes: int) -> None:
     split = counted(3000, (2, 9, 10))
     image = split.images[0]
     same = Split(image.expand(3000, -1, -1, -1), split.labels, split.index, 255.0)
     (x, _), = batches(same, 3000, seeded(1), augment)  # fmt: skip
-    allowed = {window.tobytes() for window in windows(same.pixels(slice(1))[0].numpy())}
-    if augment == "crop-flip":
-        allowed |= {window[:, :, ::-1].tobytes() for window in windows(same.pixels(slice(1))[0].numpy())}
+    found = list(windows(same.pixels(slice(1))[0].numpy(), "reflect" if "reflect" in augment else "constant"))
+    allowed = {window.tobytes() for window in found}
+    if "flip" in augment:
+        allowed |= {window[:, :, ::-1].tobytes() for window in found}
     seen = {one.tobytes() for one in x.numpy()}
     assert seen == allowed
     assert len(allowed) == 81 * changes
@@ -233,7 +233,7 @@ def test_mnist_is_read_from_each_place_plain_or_packed(tmp_path: Path, folder: s
     data = load("mnist", tmp_path)
     assert data.shape == (1, 28, 28)
     assert_holds(data, (arrays[0][:, None], arrays[1]), (arrays[2][:, None], arrays[3]))
-    assert data.note == "not the published MNIST files"
+    assert data.note == "not the published MNIST files: 30 training and 7 test images"
 
 
 def test_the_data_folder_is_the_argument_then_the_variable_then_data(
@@ -615,10 +615,11 @@ def test_an_unknown_data_set_is_answered_with_the_nearest_name() -> None:
 
 
 def test_the_catalogue_describes_itself() -> None:
-    assert list(DATASETS) == ["digits", "mnist", "cifar10", "cifar10-jpeg"]
+    names = ["digits", "mnist", "cifar10", "cifar100", "svhn", "imagenet", "cifar10-jpeg", "cifar10-subset"]
+    assert list(DATASETS) == names
     for name, source in DATASETS.items():
         assert len(source.description) > 20
-        assert bool(source.files) == (name != "digits")
+        assert bool(source.files) == bool(source.origin) == (name != "digits")
 
 
 # ---- the published files, where this machine has them ----------------------------------------------------------------

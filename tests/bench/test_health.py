@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.health import Flag, flags
-from bench.models import MODELS, build_model
+from bench.models import PLAIN, build_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "health_flags.md"
 DRAW = torch.Generator().manual_seed(5)
@@ -62,7 +62,7 @@ def names(found: list[Flag]) -> list[str]:
     return [flag.name for flag in found]
 
 
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("arch", PLAIN)
 def test_a_plain_network_in_eval_mode_raises_no_flag(arch: str) -> None:
     x = torch.rand(40, 1, 16, 16, generator=DRAW)
     assert flags(build_model(arch, (1, 16, 16), 10).eval(), x, Y[:40]) == []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.build import build, construct
 from bench.data import Split, load
 from bench.methods.hydra import scores_and_batchnorm
 from bench.models import build_model
-from bench.objectives import OBJECTIVES, Benign, IBPTraining, PGDTraining, StabilityTraining, Trades, empirical
+from bench.objectives import (
+    MTLIBP,
+    OBJECTIVES,
+    SABR,
+    WRM,
+    Benign,
+    CrownIBPTraining,
+    FastTraining,
+    FreeTraining,
+    IBPTraining,
+    MixTrain,
+    NoiseTraining,
+    PGDTraining,
+    StabilityTraining,
+    Trades,
+    empirical,
+)
 from bench.objectives.bounded import worst_case_loss
 from bench.objectives.empirical import evaluating
+from bench.objectives.wrm import ascend_penalised
 from bench.phases import own_randomness
 from bench.sparsity import TopKScores, attach, kept_of, prunable
 from bench.train import Budget, Phase, Progress, Step, Training, run_phase
@@ -59,6 +79,17 @@ def assert_same_loss(model: nn.Module, batch: tuple[Tensor, Tensor], one: Any, o
         IBPTraining(eps=Fraction(0), kappa=0.5),
         IBPTraining(eps=Fraction(0), kappa=1.0),
         IBPTraining(eps=EPS, kappa=1.0),
+        PGDTraining(eps=EPS, steps=2, clean_share=1.0),
+        FastTraining(eps=Fraction(0)),
+        FreeTraining(eps=EPS),
+        WRM(gamma=0.0),
+        NoiseTraining(sigma=0.0),
+        CrownIBPTraining(eps=Fraction(0)),
+        CrownIBPTraining(eps=Fraction(0), fused=True, beta_end=1.0),
+        CrownIBPTraining(eps=EPS, kappa_start=1.0, kappa_end=1.0, beta_end=1.0),
+        SABR(eps=Fraction(0)),
+        MTLIBP(eps=Fraction(0)),
+        MixTrain(eps=EPS, share=0.0),
     ],
     ids=repr,
 )
@@ -74,12 +105,27 @@ def test_benign_is_the_mean_cross_entropy_by_hand(net_of: Net, batch: tuple[Tens
     torch.testing.assert_close(Benign()(model, x, y, FULL).double(), -likelihood.log().mean())
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.5])
-def test_at_ramp_zero_interval_training_is_clean_cross_entropy(
-    net_of: Net, batch: tuple[Tensor, Tensor], kappa: float
+@pytest.mark.parametrize(
+    "objective",
+    [
+        IBPTraining(eps=EPS, kappa=0.0), IBPTraining(eps=EPS, kappa=0.5), CrownIBPTraining(eps=EPS),
+        CrownIBPTraining(eps=EPS, fused=True), SABR(eps=EPS), MTLIBP(eps=EPS), PGDTraining(eps=EPS, warmup=True),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_at_ramp_zero_an_objective_with_a_ramp_is_clean_cross_entropy(
+    net_of: Net, batch: tuple[Tensor, Tensor], objective: Any
 ) -> None:
     assert START.ramp == 0
-    assert_same_loss(net_of(), batch, IBPTraining(eps=EPS, kappa=kappa), Benign(), START)
+    assert_same_loss(net_of(), batch, objective, Benign(), START)
+
+
+def test_half_clean_half_adversarial_is_the_mean_of_both(net_of: Net, batch: tuple[Tensor, Tensor]) -> None:
+    model, losses = net_of(), []
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        losses.append(PGDTraining(eps=EPS, steps=2, clean_share=share)(model, *batch, FULL))
+    torch.testing.assert_close(losses[1], (losses[0] + losses[2]) / 2)
 
 
 # ---- interval training -----------------------------------------------------------------------------------------------
@@ -122,6 +168,91 @@ def test_interval_training_never_asks_for_less_than_pgd_training(net_of: Net, ba
     model = net_of()
     bounded = IBPTraining(eps=EPS, kappa=0.0)(model, *batch, FULL)
     assert float(bounded.detach()) >= float(PGDTraining(eps=EPS, steps=5)(model, *batch, FULL).detach())
+
+
+# ---- wrm, fast, noise ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 7, 16])
+def test_wrm_reaches_x_plus_gamma_a_in_one_step_on_a_linear_loss_and_stays(steps: int) -> None:
+    x, a = torch.rand(3, 1, 2, 2).double(), torch.randn(3, 1, 2, 2).double()
+    moved = ascend_penalised(lambda z: (a * z).sum(), x, gamma=1.3, steps=steps, clip=False)
+    torch.testing.assert_close(moved, x + 1.3 * a)
+    inside = ascend_penalised(lambda z: (a * z).sum(), x, gamma=1.3, steps=steps, clip=True)
+    torch.testing.assert_close(inside, (x + 1.3 * a).clamp(0, 1))
+
+
+def test_wrm_of_a_small_gamma_moves_each_image_by_its_own_gradient(net_of: Net, batch: tuple[Tensor, Tensor]) -> None:
+    model, (x, y) = net_of().double(), (batch[0].double(), batch[1])
+    loss = lambda z: F.cross_entropy(model(z), y, reduction="sum")  # noqa: E731
+    slope = torch.stack([
+        torch.autograd.grad(F.cross_entropy(model(image[None]), label[None]), image)[0]
+        for image, label in zip(x.clone().requires_grad_().unbind(), y)
+    ])  # fmt: skip
+    moved = ascend_penalised(loss, x, gamma=1e-3, steps=7, clip=False)
+    torch.testing.assert_close(moved - x, 1e-3 * slope, atol=1e-7, rtol=1e-2)
+
+
+def test_wrm_raises_what_it_maximises(net_of: Net, batch: tuple[Tensor, Tensor]) -> None:
+    model, (x, y) = Watched(net_of()), batch
+    WRM(gamma=2.0)(model, x, y, FULL)
+    (x_adv,) = model.trained_on
+    with torch.no_grad():
+        gain = F.cross_entropy(model.network(x_adv), y, reduction="sum") - F.cross_entropy(model.network(x), y, reduction="sum")
+    assert float(2.0 * gain - (x_adv - x).square().sum() / 2) > 0
+    assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
+
+
+def test_fast_training_takes_one_step_from_a_random_start(net_of: Net, batch: tuple[Tensor, Tensor]) -> None:
+    """1.25 eps along the sign of the gradient from a point of the ball, projected: most pixels end at the rim."""
+    model, (x, y) = Watched(net_of()), batch
+    FastTraining(eps=EPS)(model, x, y, FULL)
+    assert [training for _, training in model.seen] == [False, True]
+    start, x_adv = model.seen[0][0], model.trained_on[0]
+    assert float((start - x).abs().max()) <= 0.1 + 1e-6
+    assert float((x_adv - x).abs().max()) <= 0.1 + 1e-6
+    inner = (x > 0.1) & (x < 0.9)
+    moved = (x_adv - x)[inner]
+    slope = torch.autograd.grad(F.cross_entropy(model.network(start.requires_grad_()), y), start)[0][inner]
+    expected = ((start.detach() - x)[inner] + 0.125 * slope.sign()).clamp(-0.1, 0.1)
+    torch.testing.assert_close(moved, expected, atol=1e-6, rtol=0)
+
+
+def test_noise_training_by_hand(net_of: Net, batch: tuple[Tensor, Tensor]) -> None:
+    model, (x, y) = Watched(net_of()), batch
+    loss = NoiseTraining(sigma=0.5)(model, x, y, FULL)
+    (noisy,) = model.trained_on
+    assert float((noisy - x).std()) == pytest.approx(0.5, rel=0.1)
+    torch.testing.assert_close(loss, F.cross_entropy(model.network(noisy), y))
+    NoiseTraining(sigma=0.5)(model, x, y, FULL)
+    assert not torch.equal(model.trained_on[1], noisy)
+
+
+@pytest.mark.parametrize(
+    "kind, wrong",
+    [
+        (WRM, {"gamma": -1.0}), (WRM, {"steps": 0}), (FastTraining, {"eps": Fraction(-1)}),
+        (FastTraining, {"stretch": Fraction(-1)}), (FreeTraining, {"replays": 0}), (FreeTraining, {"eps": Fraction(-1)}),
+        (NoiseTraining, {"sigma": -1.0}),
+        (PGDTraining, {"clean_share": 1.5}),
+    ],
+)  # fmt: skip
+def test_fields_that_make_no_sense_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"needs|at least|between|radius|>= 0"):
+        kind(**wrong)
+
+
+# ---- free ------------------------------------------------------------------------------------------------------------
+
+
+def test_free_trainings_perturbation_takes_a_step_of_eps_along_the_sign_and_stays_in_the_ball() -> None:
+    free = FreeTraining(eps=EPS)
+    before = torch.tensor([0.0, 0.05, -0.1, 0.1])
+    after = free.moved(before, torch.tensor([1e-3, -2.0, -1.0, 0.0]))
+    torch.testing.assert_close(after, torch.tensor([0.1, -0.05, -0.1, 0.1]))
+    torch.testing.assert_close(
+        FreeTraining(eps=EPS, step_size=Fraction(1, 50)).moved(before, torch.ones(4)), torch.tensor([0.02, 0.07, -0.08, 0.1])
+    )
 
 
 # ---- trades and stability --------------------------------------------------------------------------------------------
@@ -291,7 +422,8 @@ def test_losses_and_gradients_are_finite_on_digits(
     digits: tuple[Tensor, Tensor], name: str, progress: Progress
 ) -> None:
     model = build_model("cnn_small", (1, 8, 8), 10)
-    loss = OBJECTIVES[name]()(model, *digits, progress)
+    shorter = {"steps": 2} if hasattr(OBJECTIVES[name], "steps") else {}
+    loss = OBJECTIVES[name](**shorter)(model, *digits, progress)
     assert loss.shape == ()
     assert 0 < float(loss.detach()) < 100
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients(model, loss))
@@ -367,10 +499,22 @@ def test_the_training_loop_sees_the_objectives_own_gradient_of_the_scores(
         torch.testing.assert_close(looped[f"{layer}.parametrizations.weight.0.scores"], part.scores.grad)
 
 
+def test_the_settings_on_the_objectives_page_are_built_and_name_every_objective() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    tables = [tomllib.loads(block.split("```")[0]) for block in page.split("```toml\n")[1:]]
+    specs = [dict(spec) for table in tables for spec in table["objective"]]
+    for spec in specs:
+        assert construct(Budget, spec.pop("budget", {}), "budget")
+        assert type(build("objective", spec)) is OBJECTIVES[spec["name"]]
+    assert construct(Budget, tables[0]["budget"], "budget").batch == 128
+    assert {spec["name"] for spec in specs} == set(OBJECTIVES)
+    assert all(f"| `{name}` |" in page for name in OBJECTIVES)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_equal_fields_are_equal_objectives_and_the_repr_names_every_field(name: str) -> None:
     kind = OBJECTIVES[name]
     assert kind() == kind()
-    assert all(f"{field}=" in repr(kind()) for field in kind.__dataclass_fields__)
+    assert all(f"{one.name}=" in repr(kind()) for one in fields(kind))
     with pytest.raises(AttributeError):
         kind().eps = 1

@@ -65,11 +65,11 @@ def test_a_second_fit_trains_nothing_and_is_bit_identical(
     fitted: Callable[..., Fitted], training_of: Trainings, tmp_path: Path, name: str
 ) -> None:
     method, training = METHODS[name](), training_of(StabilityTraining(), augment="crop")
-    stored = fitted(method, training, tmp_path / "new" / "folder")
-    again = fitted(method, training, tmp_path / "new" / "folder")
+    stored = fitted(method, training, tmp_path / "new" / "folder", THIRD)
+    again = fitted(method, training, tmp_path / "new" / "folder", THIRD)
     assert stored.trained != [] == again.trained
     assert same(stored, again)
-    assert same(stored, fitted(method, training))  # and the store itself changes nothing
+    assert same(stored, fitted(method, training, density=THIRD))  # and the store itself changes nothing
     assert list((tmp_path / "new" / "folder").glob("*.partial*")) == []
 
 

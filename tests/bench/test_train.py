@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,15 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attacks.pgd import FGSM
 from bench.data import Split, batches
 from bench.methods import HYDRA
-from bench.objectives import OBJECTIVES, Benign, PGDTraining, StabilityTraining
+from bench.objectives import OBJECTIVES, Benign, FreeTraining, IBPTraining, PGDTraining, StabilityTraining
 from bench.phases import fit, own_randomness
 from bench.sparsity import keep_largest, mask_layers, weights
 from bench.train import (
     Budget,
     Phase,
     Progress,
+    Snapshots,
     Step,
     Training,
     TrainingDivergedError,
@@ -54,13 +57,12 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # ---- seeds -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name, optimizer", [*((name, "sgd") for name in OBJECTIVES), ("benign", "adam"), ("ibp", "adam")])
 def test_equal_seeds_give_equal_weights_to_the_bit_and_other_seeds_others(
     net_of: Net, training_of: Trainings, short: Callable[[type], Any], name: str, optimizer: str
 ) -> None:
     def run(seed: int) -> dict[str, Tensor]:
-        training = training_of(short(OBJECTIVES[name]), seed=seed, optimizer=optimizer, augment="crop-flip")
+        training = training_of(short(OBJECTIVES[name]), seed=seed, optimizer=optimizer, augment="crop-flip", pretrain=1)
         torch.rand(3)  # whatever was drawn before
         return trained(net_of(), training.pretrain(), training)
 
@@ -104,9 +106,10 @@ def test_batches_come_in_the_same_order_whatever_noise_the_objective_draws(net_o
 
 def test_two_phases_of_one_run_see_the_data_in_different_orders(net_of: Net, training_of: Trainings) -> None:
     orders = []
-    for phase in (training_of().pretrain(), training_of().finetune()):
+    for name in ("pretrain", "finetune"):
         watching = Watching(Benign())
-        run_phase(net_of(), phase, training_of(watching))
+        training = training_of(watching)
+        run_phase(net_of(), getattr(training, name)(), training)
         orders.append(torch.cat([y for _, y in watching.seen]))
     assert not torch.equal(*orders)
 
@@ -144,7 +147,9 @@ def test_the_fraction_of_a_phase_starts_at_0_and_an_empty_phase_divides_by_nothi
 def test_steps_count_through_the_epochs_and_the_ramp_is_a_share_of_the_phase(net_of: Net, training_of: Trainings) -> None:
     watching = Watching(Benign())
     run_phase(net_of(), Phase("pretrain", 4, 0.1, ramp=0.5), training_of(watching))  # 40 images in batches of 16
-    assert watching.progress == [Progress(step, 12, 6) for step in range(12)]
+    assert watching.progress == [Progress(step, 12, 6, 4) for step in range(12)]
+    assert [one.epoch for one in watching.progress] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert watching.progress[0].ramp_epochs == 2
 
 
 def test_phases_take_the_suites_budget(training_of: Trainings) -> None:
@@ -156,10 +161,29 @@ def test_phases_take_the_suites_budget(training_of: Trainings) -> None:
     assert (training.train().epochs, training.train().lr, training.train().ramp) == (12, 0.1, 0.25)
 
 
-@pytest.mark.parametrize("wrong", [{"optimizer": "lion"}, {"prune": -1}, {"batch": 0}, {"ramp": 1.5}, {"ramp": -0.1}])
-def test_a_budget_that_cannot_be_spent_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="optimizer is sgd or adam, got 'lion'" if "optimizer" in wrong else "a budget needs"):
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"optimizer": "lion"}, "optimizer is sgd or adam, got 'lion'"),
+        ({"schedule": "linear"}, "schedule is cosine, step or one-cycle, got 'linear'"),
+        ({"precision": "fp16"}, "precision is float32 or bf16, got 'fp16'"),
+        ({"prune": -1}, "a budget needs"), ({"batch": 0}, "a budget needs"),
+        ({"ramp": 1.5}, "a budget needs"), ({"ramp": -0.1}, "a budget needs"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov needs sgd with momentum"),
+        ({"nesterov": True, "optimizer": "adam"}, "nesterov needs sgd with momentum"),
+        ({"milestones": (0.5, 1.5)}, "milestones are shares"), ({"milestones": ("half",)}, "milestones are shares"),
+        ({"gradient_clip": -1.0}, "gradient_clip is >= 0"), ({"lr_drop": 0.0}, "lr_drop > 0"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_cannot_be_spent_is_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         Budget(**wrong)
+
+
+def test_the_benign_training_is_the_same_but_for_its_objective(training_of: Trainings) -> None:
+    training = training_of(PGDTraining(steps=2), seed=3, augment="crop", lr=0.3)
+    assert training.benign == replace(training, objective=Benign())
+    assert training.benign.budget is training.budget
 
 
 # ---- what moves ------------------------------------------------------------------------------------------------------
@@ -288,6 +312,272 @@ def test_plain_gradient_descent_by_hand(net_of: Net, training_of: Trainings, toy
     after = trained(net_of(), Phase("one", 1, 0.1), training)
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=1e-5)
+
+
+# ---- optimizers and schedules ----------------------------------------------------------------------------------------
+
+
+def rates_of(model: nn.Module, training: Training, epochs: int) -> list[float]:
+    rates: list[float] = []
+    keep = Phase("rates", epochs, 0.2, after_backward=lambda step: rates.append(step.optimizer.param_groups[0]["lr"]))
+    run_phase(model, keep, training)
+    return rates
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_step_schedule_drops_after_each_milestone(net_of: Net, training_of: Trainings, optimizer: str) -> None:
+    training = training_of(schedule="step", milestones=(0.25, 0.75), lr_drop=0.5, optimizer=optimizer)  # 3 steps per epoch
+    assert rates_of(net_of(), training, 4) == pytest.approx([0.2] * 3 + [0.1] * 6 + [0.05] * 3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_one_cycle_rises_to_the_learning_rate_and_falls_to_almost_nothing(
+    net_of: Net, training_of: Trainings, optimizer: str
+) -> None:
+    rates = rates_of(net_of(), training_of(schedule="one-cycle", optimizer=optimizer), 10)
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.2)
+    assert 6 <= top <= 10, "about 30 % of 30 steps"
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] < 0.2 / 1000
+
+
+def test_nesterov_by_hand(net_of: Net, training_of: Trainings, toy: Split) -> None:
+    """One step from rest with momentum 0.9: the weights move by lr (1 + 0.9) times the gradient."""
+    training = training_of(batch=len(toy), nesterov=True, weight_decay=0.0)
+    twin = net_of()
+    loss = nn.functional.cross_entropy(twin(toy.pixels()), toy.labels)
+    slopes = torch.autograd.grad(loss, list(twin.parameters()))
+    after = trained(net_of(), Phase("one", 1, 0.1), training)
+    for (name, value), slope in zip(twin.state_dict().items(), slopes):
+        torch.testing.assert_close(after[name], value - 0.19 * slope, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_batchnorm_and_biases_have_no_weight_decay_where_that_is_asked_for(
+    net_of: Net, training_of: Trainings, optimizer: str, decay_all: bool
+) -> None:
+    """At learning rates where only decay matters: gradients are zeroed, so whatever moves was decayed."""
+    model = net_of(batchnorm=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    def zero(step: Step) -> None:
+        for parameter in step.model.parameters():
+            parameter.grad.zero_()
+
+    training = training_of(optimizer=optimizer, weight_decay=0.5, decay_all=decay_all)
+    run_phase(model, Phase("decay", 1, 0.1, after_backward=zero), training)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    weights_of_layers = {"0.weight", "4.weight", "6.weight"}
+    assert moved == (set(before) if decay_all else weights_of_layers)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(net_of: Net, training_of: Trainings) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def norm(step: Step) -> float:
+        return float(torch.stack([p.grad.norm() for p in step.model.parameters()]).norm())
+
+    before: list[float] = []
+    phase = Phase(
+        "clipped", 1, 0.1, after_backward=lambda step: before.append(norm(step)),
+        after_step=lambda step: seen.append((before[-1], norm(step))),
+    )  # fmt: skip
+    run_phase(net_of(), phase, training_of(gradient_clip=0.05))
+    assert all(first > 0.05 for first, _ in seen)
+    assert [after for _, after in seen] == pytest.approx([0.05] * 3, rel=1e-3)
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast, tolerance", [({"precision": "bf16"}, 0.03), ({"channels_last": True}, 1e-4)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_faster_arithmetic_trains_masked_networks_to_nearly_the_same_weights(
+    net_of: Net, training_of: Trainings, short: Callable[[type], Any], name: str, fast: dict[str, Any], tolerance: float
+) -> None:
+    def run(**budget: Any) -> dict[str, Tensor]:
+        model = net_of(batchnorm=True)
+        mask_layers(model, keep_largest({n: w.abs() for n, w in weights(model).items()}, THIRD))
+        training = training_of(short(OBJECTIVES[name]), pretrain=1, **budget)
+        return trained(model, training.pretrain(), training)
+
+    exact, near = run(), run(**fast)
+    for key in exact:
+        assert near[key].dtype == exact[key].dtype
+        torch.testing.assert_close(near[key], exact[key], atol=tolerance, rtol=tolerance)
+    if "precision" in fast:
+        assert not equal(exact, near), "bf16 rounds"
+
+
+def compiled_weights(net_of: Net, training_of: Trainings, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Weights agree, the network was really compiled, and it is as before afterwards."""
+    used: list[str] = []
+    real = torch.compile
+
+    def watched(function: Any) -> Any:
+        used.append(backend)
+        return real(function, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", watched)
+    for objective in (PGDTraining(steps=2), IBPTraining(eps=Fraction(1, 20))):
+        models = net_of(batchnorm=True), net_of(batchnorm=True)
+        after = [
+            trained(model, Phase("pretrain", 1, 0.1), training_of(objective, compile=fast, batch=20))
+            for model, fast in zip(models, (False, True))
+        ]
+        for key in after[0]:
+            torch.testing.assert_close(after[1][key], after[0][key], atol=1e-4, rtol=1e-4)
+        assert models[1]._compiled_call_impl is None
+    assert used == [backend] * 2
+
+
+def test_a_compiled_network_trains_to_the_same_weights(
+    net_of: Net, training_of: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_weights(net_of, training_of, monkeypatch, "eager")
+
+
+@pytest.mark.slow
+def test_a_network_compiled_to_machine_code_trains_to_the_same_weights(
+    net_of: Net, training_of: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_weights(net_of, training_of, monkeypatch, "inductor")
+
+
+# ---- replays ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs, replays, passes", [(4, 4, 1), (9, 4, 3), (3, 1, 3), (2, 3, 1)])
+def test_replays_share_the_epochs_and_the_schedule_ends_with_the_last_real_step(
+    net_of: Net, training_of: Trainings, epochs: int, replays: int, passes: int
+) -> None:
+    """ceil(epochs / m) passes of m steps per batch: 90 epochs at m = 4 are 23 passes."""
+    rates: list[float] = []
+    told: list[Progress] = []
+    reports: list[Any] = []
+
+    def keep(step: Step) -> None:
+        rates.append(step.optimizer.param_groups[0]["lr"])
+        told.append(step.progress)
+
+    training = training_of(FreeTraining(eps=Fraction(1, 20), replays=replays))
+    phase = Phase("free", epochs, 0.2, ramp=0.5, after_backward=keep)
+    run_phase(net_of(), phase, training, report=lambda *w: reports.append(w[:3]))
+    steps = passes * replays * 3
+    assert told == [Progress(step, steps, round(0.5 * steps), passes) for step in range(steps)]
+    assert rates == pytest.approx([0.2 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)])
+    assert reports == [("free", epoch + 1, passes) for epoch in range(passes)]
+
+
+@dataclass(frozen=True)
+class WatchingFree(FreeTraining):
+    """Free training that writes down the images it is given."""
+
+    seen: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return super().__call__(model, x, y, progress)
+
+
+def test_free_training_renewed_in_every_epoch_is_clean_and_fgsm_training_in_turn(
+    net_of: Net, training_of: Trainings, toy: Split
+) -> None:
+    """One batch per epoch, m = 2: a step on x, then one on x + eps sign of the gradient that the first step met."""
+    eps = Fraction(1, 20)
+    free = WatchingFree(eps=eps, replays=2, renewed=True)
+    training = training_of(free, batch=len(toy), momentum=0.0, weight_decay=0.0)
+    after = trained(net_of(), Phase("free", 4, 0.1), training)
+    order = torch.Generator().manual_seed(derived_seed(0, "free", "order"))
+    twin = net_of()
+    for epoch in range(2):
+        ((x, y),) = batches(toy, len(toy), order)
+        fgsm = FGSM(norm="linf", eps=eps)(twin, x, y)
+        for half, image in enumerate((x, fgsm)):
+            torch.testing.assert_close(free.seen[2 * epoch + half], image, atol=1e-6, rtol=0)
+            lr = 0.1 * (1 + math.cos(math.pi * (2 * epoch + half) / 4)) / 2
+            slopes = torch.autograd.grad(nn.functional.cross_entropy(twin(image), y), list(twin.parameters()))
+            with torch.no_grad():
+                for parameter, slope in zip(twin.parameters(), slopes):
+                    parameter -= lr * slope
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(after[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_perturbation_is_carried_from_batch_to_batch_and_epoch_to_epoch_within_its_ball(
+    net_of: Net, training_of: Trainings
+) -> None:
+    shown = []
+    for renewed in (False, True):
+        free, clean = WatchingFree(eps=Fraction(1, 20), replays=2, renewed=renewed), Watching(Benign())
+        run_phase(net_of(), Phase("free", 4, 0.1), training_of(free))
+        run_phase(net_of(), Phase("free", 2, 0.1), training_of(clean))
+        moved = [seen - x for seen, (x, _) in zip(free.seen, (one for one in clean.seen for _ in range(2)))]
+        assert max(float(one.abs().max()) for one in moved) == pytest.approx(0.05, abs=1e-6)
+        shown.append([float(one.abs().max()) > 0.04 for one in moved])
+    assert shown[0] == [False] + [True] * 11
+    assert shown[1] == [False] + [True] * 5 + [False] + [True] * 5
+
+
+# ---- killed and resumed ----------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+class KillingSnapshots(Snapshots):
+    """Keeps every state as bytes, as a file would, and kills the run at one of them."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.kept = at, b""
+
+    def load(self) -> dict[str, Any] | None:
+        return torch.load(io.BytesIO(self.kept), weights_only=True) if self.kept else None
+
+    def save(self, state: Callable[[], dict[str, Any]]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state(), buffer)
+        self.kept, self.at = buffer.getvalue(), self.at - 1
+        if self.at == 0:
+            raise Killed
+
+
+def resumes(net_of: Net, training: Training, at: int) -> None:
+    phase = Phase("pretrain", 4 * training.replays, 0.1, ramp=0.5)
+    whole = trained(net_of(batchnorm=True), phase, training)
+    snapshots = KillingSnapshots(at)
+    with pytest.raises(Killed):
+        run_phase(net_of(batchnorm=True), phase, training, snapshots)
+    torch.manual_seed(99)  # another process
+    assert equal(whole, trained(net_of(seed=7, batchnorm=True), phase, training, snapshots=snapshots))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_killed_phase_goes_on_to_the_bit_under_every_objective(
+    net_of: Net, training_of: Trainings, short: Callable[[type], Any], name: str
+) -> None:
+    resumes(net_of, training_of(short(OBJECTIVES[name]), augment="crop-flip"), at=2)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"schedule": "step"}, {"schedule": "one-cycle"}, {"schedule": "one-cycle", "optimizer": "adam"}, {"nesterov": True},
+        {"decay_all": False}, {"gradient_clip": 0.1}, {"precision": "bf16"}, {"channels_last": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_killed_phase_goes_on_to_the_bit_under_every_optimizer_and_schedule(
+    net_of: Net, training_of: Trainings, budget: dict[str, Any]
+) -> None:
+    resumes(net_of, training_of(FreeTraining(replays=2), **budget), at=3)
 
 
 # ---- reports and failure ---------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def randomised(model: nn.Module, seed: int = 0, kept: float = 1.0, gain: float =
             layer.weight.copy_(gain * mask * torch.randn(layer.weight.shape, generator=generator) / fan_in**0.5)
             if layer.bias is not None:
                 layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, generator=generator))
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             for tensor in (layer.running_mean, layer.weight, layer.bias):
                 if tensor is not None:
                     tensor.copy_(torch.randn(tensor.shape, generator=generator))
@@ -180,4 +180,25 @@ RULE_NETS: dict[str, Callable[[], nn.Module]] = {
     "F.max_pool2d padded": lambda: _calling(lambda x: F.max_pool2d(x, 3, stride=2, padding=1), 36),
     "F.avg_pool2d": lambda: _calling(lambda x: F.avg_pool2d(x, 2), 36),
     "F.adaptive_avg_pool2d": lambda: _calling(lambda x: F.adaptive_avg_pool2d(x, 2), 16),
+}
+
+# what interval bounds have rules for and the methods through linear relaxations of whole networks rewrite or refuse
+SHAPE_NETS: dict[str, Callable[[], nn.Module]] = {
+    "F.relu6": lambda: _calling(F.relu6),
+    "F.dropout": lambda: Forward(
+        lambda s, x: s.head(F.dropout2d(F.dropout(s.a(x), 0.3, s.training), 0.3, s.training)), a=_convolution(), head=_head(144)
+    ),
+    "Dropout2d": lambda: _around(nn.Dropout2d(0.3)),
+    "BatchNorm1d": lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 5)),
+    "BatchNorm1d first": lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(72), nn.Linear(72, 5)),
+    "BatchNorm1d of sequences": lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(2), nn.ReLU(), _head(72)),
+    "view by size": lambda: Forward(lambda s, x: s.head(s.a(x).view(x.size(0), -1)), a=_convolution(), head=nn.Linear(144, 5)),
+    "view by shape": lambda: Forward(lambda s, x: s.head(s.a(x).view(x.shape[0], 144)), a=_convolution(), head=nn.Linear(144, 5)),
+    "view of the image": lambda: Forward(lambda s, x: s.head(x.view(-1, 72)), head=nn.Linear(72, 5)),
+    "x.reshape": lambda: Forward(lambda s, x: s.head(s.a(x).reshape((x.size()[0], 144))), a=nn.Conv2d(2, 4, 3, padding=1),
+                                 head=nn.Linear(144, 5)),
+    "mean over the pixels": lambda: Forward(lambda s, x: s.head(s.a(x).mean([2, 3])), a=_convolution(), head=nn.Linear(4, 5)),
+    "mean keeping dimensions": lambda: _calling(lambda x: torch.mean(x, dim=(2, 3), keepdim=True), 4),
+    "mean over rows": lambda: _calling(lambda x: x.mean(-1), 24),
+    "average over what is there": lambda: _calling(lambda x: F.avg_pool2d(x, x.size()[2:]), 4),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.models import MODELS, build_model
+from bench.models import PLAIN, build_model
 from bench.sparsity import TopKScores, attach, effective_state, is_attached, kept_of, prunable
 from tests.verifiers.small_nets import (
     Forward,
@@ -157,7 +157,7 @@ def test_linf_bounds_of_an_affine_layer_are_reached_at_a_corner(normalised: bool
 
 
 @pytest.mark.parametrize("norm, eps", NORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_merging_the_last_layer_is_never_looser_than_subtracting_logits(name: str, norm: str, eps: Fraction) -> None:
     net = randomised(build_model(name, (1, SIDES[name], SIDES[name]), 5, (0.3,), (0.4,)), kept=0.3)
     x = images(3, (1, SIDES[name], SIDES[name]))
@@ -172,7 +172,7 @@ def test_merging_the_last_layer_is_never_looser_than_subtracting_logits(name: st
 
 
 @pytest.mark.parametrize("norm, eps", NORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_no_reached_margin_is_below_the_ibp_margin(name: str, norm: str, eps: Fraction) -> None:
     shape = (3, SIDES[name], SIDES[name])
     net = randomised(build_model(name, shape, 5, (0.3, 0.5, 0.6), (0.4, 0.2, 0.3)), kept=0.3)
@@ -183,7 +183,7 @@ def test_no_reached_margin_is_below_the_ibp_margin(name: str, norm: str, eps: Fr
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_at_eps_zero_the_bounds_are_the_logits(name: str, norm: str) -> None:
     net = exact(randomised(build_model(name, (1, SIDES[name], SIDES[name]), 5, (0.3,), (0.4,))))
     x = images(3, (1, SIDES[name], SIDES[name]), dtype=torch.float64)
@@ -226,7 +226,7 @@ def with_scores(net: nn.Module, density: Fraction) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm, eps", NORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_gradients_of_the_margins_reach_every_score_and_weight(name: str, norm: str, eps: Fraction) -> None:
     shape = (1, SIDES[name], SIDES[name])
     net = with_scores(randomised(build_model(name, shape, 5, (0.3,), (0.4,))), Fraction(1, 2))
@@ -273,7 +273,7 @@ class Bounded(nn.Module):
         return ibp_margins(self.net, self.ball, self.y)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_parametrized_and_baked_networks_have_equal_margins_also_after_layers_changed(name: str) -> None:
     """The traced graph is remembered, the layers are not: attach, detach, attach again."""
     shape = (1, SIDES[name], SIDES[name])

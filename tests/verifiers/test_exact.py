@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
 from fractions import Fraction
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from attacks import PGD
@@ -16,9 +19,10 @@ from bench.data import load
 from bench.models import build_model
 from bench.threat import within
 from tests.verifiers.brute_force import true_margin
-from tests.verifiers.small_nets import RULE_NETS, Forward, images, labels, linear, lowest_reached, margins_at, randomised
+from tests.verifiers.small_nets import RULE_NETS, Forward, exact, images, labels, linear, lowest_reached, margins_at, randomised
 from verifiers import Crown, Exact, UnsupportedNetworkError
-from verifiers.ball import outward_box
+from verifiers.ball import Interval, outward_box
+from verifiers.bounds import difference_rows
 from verifiers.witness import inward_box
 
 TOY = lambda: nn.Sequential(linear([[1, 1], [1, -1]]), nn.ReLU())  # noqa: E731
@@ -93,7 +97,54 @@ def test_branching_alone_and_the_integer_programme_agree(seed: int) -> None:
         assert (reached[proof.radius > 0] > 0).all()
 
 
-NAMES = ["Conv2d grouped", "residual", "torch.cat", "+", "Normalize", "BatchNorm2d", "AvgPool2d", "ReLU6", "x.relu"]
+POOLED = nn.Sequential(nn.Conv2d(1, 4, 2), nn.MaxPool2d((1, 2)), nn.Flatten(), nn.Linear(4, 3))
+
+
+def least_of_pooled(net: nn.Module, ball: Interval, row: Tensor) -> float:
+    """The smallest row of conv - max of pairs - linear over the box: one linear programme per choice of winners."""
+    points = torch.cat([torch.zeros(1, 6), torch.eye(6)]).double().view(7, 1, 2, 3)
+    values = net[0](points).unflatten(3, (1, 2)).flatten(1, 3).detach().numpy()  # type: ignore[index]
+    matrix, constant = values[1:] - values[0], values[0]  # [6, windows, 2], [windows, 2]
+    weight = (row @ net[3].weight).detach().numpy()  # type: ignore[index]
+    ends, least = list(zip(ball.lower.flatten().tolist(), ball.upper.flatten().tolist())), float("inf")
+    for winners in itertools.product((0, 1), repeat=len(constant)):
+        rise = [matrix[:, k, 1 - w] - matrix[:, k, w] for k, w in enumerate(winners)]
+        most = [constant[k, w] - constant[k, 1 - w] for k, w in enumerate(winners)]
+        goal = sum(weight[k] * matrix[:, k, w] for k, w in enumerate(winners))
+        found = linprog(goal, A_ub=rise, b_ub=most, bounds=ends)
+        if found.status == 0:
+            least = min(least, found.fun + sum(weight[k] * constant[k, w] for k, w in enumerate(winners)))
+    return least + float((row @ net[3].bias).detach())  # type: ignore[index]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_max_pooling_is_decided_as_by_linear_programmes_over_all_winners(seed: int) -> None:
+    net, x = exact(randomised(copy.deepcopy(POOLED), seed=seed)), images(1, (1, 2, 3), seed, torch.float64)
+    y = labels(net, x)
+    for eps in (Fraction(1, 20), Fraction(1, 5), Fraction(1, 2)):
+        rows = difference_rows(y, 3, torch.float64)[0]
+        truth = min(least_of_pooled(net, outward_box(x, eps), row) for row in rows)
+        for options in ({}, BRANCHING):
+            proof = Exact(eps=eps, **options)(net, x, y)
+            assert abs(truth) <= 1e-3 or proof.status == ("proved" if truth > 0 else "broken",)
+            assert proof.margin.item() <= truth + 1e-6 or proof.status == ("broken",)
+
+
+def test_lenet_is_decided() -> None:
+    """Caffe's LeNet, pruned: more than CROWN proves, nothing that an attack reaches."""
+    net = randomised(build_model("lenet", (1, 16, 16), 5), gain=1.3, kept=0.1)
+    x = images(3, (1, 16, 16))
+    y, eps = labels(net, x), Fraction(1, 250)
+    proof, reached = Exact(eps=eps, nodes=200)(net, x, y), lowest_reached(net, x, y, "linf", eps)
+    assert proof.status.count("proved") > int((Crown(eps=eps)(net, x, y).radius > 0).sum()) or "open" not in proof.status
+    assert (reached[proof.radius > 0] > 0).all()
+    assert (proof.margin.nan_to_num(-1) <= reached + 1e-9).all()
+
+
+NAMES = [
+    "MaxPool2d", "F.max_pool2d", "MaxPool2d first", "Conv2d grouped", "residual", "torch.cat", "+", "Normalize", "BatchNorm2d",
+    "AvgPool2d", "ReLU6", "x.relu",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,6 +226,13 @@ def test_the_time_limit_is_kept(hard: Hard, milp_below: int) -> None:
     proof = Exact(eps=eps, nodes=10**9, seconds=0.4, milp_below=milp_below)(net, x, y)
     assert proof.status == ("timeout",)
     assert time.perf_counter() - start < 0.4 + 0.5
+    assert proof.radius.item() == 0
+
+
+def test_a_network_that_is_not_even_unrolled_in_time_times_out(hard: Hard) -> None:
+    net, x, y, eps = hard
+    proof = Exact(eps=eps, seconds=1e-6)(net, x, y)
+    assert proof.status == ("timeout",)
     assert proof.radius.item() == 0
 
 
@@ -294,7 +352,7 @@ def test_a_relu_in_place_that_spoils_another_reader_is_refused() -> None:
         Exact(eps=Fraction(1, 100))(randomised(net), x, labels(net, x))
 
 
-@pytest.mark.parametrize("name", ["Tanh", "Sigmoid", "MaxPool2d"])
+@pytest.mark.parametrize("name", ["Tanh", "Sigmoid"])
 def test_networks_other_than_relu_networks_are_refused_by_name(name: str) -> None:
     net = randomised(RULE_NETS[name]())
     x = images(2)

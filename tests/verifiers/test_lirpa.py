@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.models import MODELS, build_model
+from bench.models import PLAIN, build_model
 from tests.verifiers.small_nets import RULE_NETS, exact, images, labels, linear, lowest_reached, margins_at, randomised
 from verifiers import IBP, Crown, CrownIBP, UnsupportedNetworkError, lirpa_compat
 from verifiers.ball import region
@@ -67,7 +67,7 @@ def test_the_relaxation_of_the_toy_image_uses_the_clipped_box(method: str) -> No
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_ibp_margins_equal_those_of_auto_lirpa(name: str, channels: int) -> None:
     shape, mean, std = (channels, SIDES[name], SIDES[name]), (0.3, 0.5, 0.7)[:channels], (0.2, 0.5, 1.5)[:channels]
     net = exact(randomised(build_model(name, shape, 5, mean, std), kept=0.2))
@@ -96,7 +96,7 @@ def test_one_linear_layer_is_bounded_exactly(verifier: Any, norm: str, eps: Frac
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", Fraction(1, 50)), ("l2", Fraction(1, 10))])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_models_of_the_suite_are_bounded_in_order_and_soundly(name: str, norm: str, eps: Fraction) -> None:
     """Radii and margins ibp <= crown-ibp <= crown <= what an attack reaches; at this eps some images are certified."""
     side = 4 if name == "cnn_large" else SIDES[name]  # CROWN through its four convolutions is slow at 8x8

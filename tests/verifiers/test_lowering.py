@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.models import MODELS, build_model
+from bench.models import PLAIN, build_model
 from bench.sparsity import Mask, attach
 from tests.verifiers.small_nets import RULE_NETS, Forward, exact, images, labels, linear, lowest_reached, randomised
 from verifiers import Crown, UnsupportedNetworkError
@@ -41,7 +41,7 @@ def test_the_lowered_network_equals_the_original_in_float64_or_is_refused(name: 
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_models_of_the_suite_keep_their_function_with_normalisation_folded(name: str, channels: int) -> None:
     shape, mean, std = (channels, SIDES[name], SIDES[name]), (0.3, 0.5, 0.7)[:channels], (0.2, 0.5, 1.5)[:channels]
     net, x = randomised(build_model(name, shape, 7, mean, std), kept=0.3), images(4, shape)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.verifiers.small_nets import RULE_NETS, Forward, exact, images, labels, linear, randomised
+from tests.verifiers.small_nets import RULE_NETS, SHAPE_NETS, Forward, exact, images, labels, linear, randomised
 from verifiers import IBP, Crown, CrownIBP, UnsupportedNetworkError
 from verifiers.ball import Ellipsoid, Interval, region
 from verifiers.bounds import INTERVAL_RULES, ibp_margins, smallest_margin
 from verifiers.graph import walk
 from verifiers.rounding import ERROR_RULES, SAFETY, UNIT, Tracked, allowance, allowance_for, settle
 
+NETS = {**RULE_NETS, **SHAPE_NETS}
 TINY_EPS = Fraction(1, 10**12)
 VERIFIERS = [IBP, CrownIBP, Crown]
 
@@ -27,10 +28,10 @@ def tracked(net: nn.Module, ball: Interval | Ellipsoid) -> Tracked:
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", Fraction(1, 20)), ("l2", Fraction(1, 2))])
-@pytest.mark.parametrize("name", RULE_NETS)
+@pytest.mark.parametrize("name", NETS)
 def test_the_running_error_bound_holds_for_every_rule(name: str, norm: str, eps: Fraction) -> None:
     """Bounds over the very same float32 region, propagated in float32 and in float64, differ by no more."""
-    net, ball = randomised(RULE_NETS[name](), gain=20.0), region(images(4), norm, eps)
+    net, ball = randomised(NETS[name](), gain=20.0), region(images(4), norm, eps)
     wide = type(ball)(*(part.double() for part in ball))
     single, double = (walk(n, b, INTERVAL_RULES) for n, b in ((net, ball), (exact(net), wide)))
     error = UNIT[torch.float32] * tracked(net, ball).error.double()
@@ -260,11 +261,11 @@ def test_the_allowance_is_at_least_a_share_of_the_largest_sum(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", Fraction(1, 20)), ("l2", Fraction(1, 2))])
-@pytest.mark.parametrize("name", RULE_NETS)
+@pytest.mark.parametrize("name", NETS)
 def test_the_allowance_of_a_batch_is_never_below_a_samples_own_and_equal_where_it_matters(
     name: str, norm: str, eps: Fraction
 ) -> None:
-    net, ball = randomised(RULE_NETS[name]()), region(images(5), norm, eps)
+    net, ball = randomised(NETS[name]()), region(images(5), norm, eps)
     own = allowance(net, ball)
     margin = torch.tensor([1e9, -1e9, 0.0, torch.nan, float(own[4])])
     found = allowance_for(net, ball, margin)

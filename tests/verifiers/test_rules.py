@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.verifiers.small_nets import (
     RULE_NETS,
+    SHAPE_NETS,
     Forward,
     exact,
     images,
@@ -27,11 +28,12 @@ from verifiers.graph import operation, trace
 
 NORMS = [("linf", Fraction(1, 10)), ("l2", Fraction(1, 2))]
 EPS = Fraction(1, 10)
+NETS = {**RULE_NETS, **SHAPE_NETS}
 
 
 def test_the_networks_below_use_every_rule() -> None:
     used: set[Any] = set()
-    for build in RULE_NETS.values():
+    for build in NETS.values():
         net = build()
         modules = dict(net.named_modules())
         used |= {operation(node, modules) for node in trace(net).nodes if node.op not in ("placeholder", "output", "get_attr")}
@@ -39,9 +41,9 @@ def test_the_networks_below_use_every_rule() -> None:
 
 
 @pytest.mark.parametrize("norm, eps", NORMS)
-@pytest.mark.parametrize("name", RULE_NETS)
+@pytest.mark.parametrize("name", NETS)
 def test_no_point_of_the_ball_leaves_the_bounds(name: str, norm: str, eps: Fraction) -> None:
-    net, x = exact(randomised(RULE_NETS[name]())), images(3)
+    net, x = exact(randomised(NETS[name]())), images(3)
     y, ball = labels(net, x.double()), region(x.double(), norm, eps)
     bounds = ibp_logits(net, ball)
     logits = net(points_of_ball(x, norm, eps, 40).flatten(0, 1)).unflatten(0, (40, 3))
@@ -52,9 +54,9 @@ def test_no_point_of_the_ball_leaves_the_bounds(name: str, norm: str, eps: Fract
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", RULE_NETS)
+@pytest.mark.parametrize("name", NETS)
 def test_at_eps_zero_every_rule_is_the_layer_itself(name: str, norm: str) -> None:
-    net, x = exact(randomised(RULE_NETS[name](), seed=1)), images(3, dtype=torch.float64)
+    net, x = exact(randomised(NETS[name](), seed=1)), images(3, dtype=torch.float64)
     for part in ibp_logits(net, region(x, norm, Fraction(0))):
         torch.testing.assert_close(part, net(x), atol=1e-12, rtol=1e-10)
 
@@ -74,14 +76,17 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "LeakyReLU": (nn.Sequential(nn.LeakyReLU(), nn.Flatten(), nn.Linear(72, 5)), "LeakyReLU"),
     "Softmax": (nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.Softmax(1)), "Softmax"),
     "GELU": (nn.Sequential(nn.GELU(), nn.Flatten(), nn.Linear(72, 5)), "GELU"),
-    "BatchNorm1d": (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(72), nn.Linear(72, 5)), "BatchNorm1d"),
     "LayerNorm": (nn.Sequential(nn.Flatten(), nn.LayerNorm(72), nn.Linear(72, 5)), "LayerNorm"),
     "ConvTranspose2d": (nn.Sequential(nn.ConvTranspose2d(2, 2, 2), nn.Flatten(), nn.Linear(98, 5)), "ConvTranspose2d"),
     "subtraction": (Forward(lambda s, x: s.head((x - x).flatten(1)), head=nn.Linear(72, 5)), "sub"),
     "negation": (Forward(lambda s, x: s.head((-x).flatten(1)), head=nn.Linear(72, 5)), "neg"),
     "product": (Forward(lambda s, x: s.head((x * 2).flatten(1)), head=nn.Linear(72, 5)), "mul"),
-    "view": (Forward(lambda s, x: s.head(x.view(-1, 72)), head=nn.Linear(72, 5)), "view"),
-    "F.dropout": (Forward(lambda s, x: s.head(F.dropout(x, 0.5, s.training).flatten(1)), head=nn.Linear(72, 5)), "dropout"),
+    "view across images": (Forward(lambda s, x: s.head(x.view(-1, 36)), head=nn.Linear(36, 5)), "mixes the images"),
+    "mean over images": (Forward(lambda s, x: s.head(x.mean((0, 2), keepdim=True).flatten(1)), head=nn.Linear(12, 5)), "mean"),
+    "mean over everything": (Forward(lambda s, x: s.head(x.flatten(1)) + x.mean(), head=nn.Linear(72, 5)), "mean"),
+    "one channel alone": (Forward(lambda s, x: s.head(x[:, 0].flatten(1)), head=nn.Linear(36, 5)), "getitem"),
+    "transposed": (Forward(lambda s, x: s.head(x.T.flatten(1)), head=nn.Linear(72, 5)), "'T'"),
+    "F.dropout in eval mode": (Forward(lambda s, x: s.head(F.dropout(x, 0.5).flatten(1)), head=nn.Linear(72, 5)), "dropout"),
     "constant": (Forward(lambda s, x: s.head(x.flatten(1) + 0.5), head=nn.Linear(72, 5)), "constant"),
     "parameter": (
         Forward(lambda s, x: F.linear(x.flatten(1), s.head.weight * (s.head.weight > 0)), head=nn.Linear(72, 5)), "head.weight"
@@ -104,10 +109,10 @@ def test_what_has_no_sound_rule_is_refused_by_name(name: str) -> None:
         ibp_margins(net.eval(), region(images(2), "linf", EPS), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("layer, word", [(nn.BatchNorm2d(2), "eval mode"), (nn.Dropout(0.1), "eval mode")])
-def test_layers_in_training_mode_are_refused(layer: nn.Module, word: str) -> None:
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(2), nn.Dropout(0.1), nn.Dropout2d(0.1)])
+def test_layers_in_training_mode_are_refused(layer: nn.Module) -> None:
     net = nn.Sequential(layer, nn.Flatten(), nn.Linear(72, 5)).train()
-    with pytest.raises(UnsupportedNetworkError, match=f"{type(layer).__name__}.*{word}"):
+    with pytest.raises(UnsupportedNetworkError, match=f"{type(layer).__name__}.*eval mode"):
         ibp_margins(net, region(images(2), "linf", EPS), torch.tensor([0, 1]))
 
 

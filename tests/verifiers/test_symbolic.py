@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bench.models import MODELS, build_model
+from bench.models import PLAIN, build_model
 from bench.sparsity import Mask, attach
 from tests.verifiers.small_nets import (
     RULE_NETS,
@@ -28,6 +28,7 @@ from tests.verifiers.small_nets import (
 from verifiers import IBP, SymbolicInterval, UnsupportedNetworkError, memory
 from verifiers.ball import Interval, outward_box
 from verifiers.bounds import ibp_margins, smallest_margin
+from verifiers.graph import operation, trace
 from verifiers.normalise import Normalize
 from verifiers.symbolic import SYMBOLIC_RULES, symbolic_bytes, symbolic_margins
 
@@ -126,12 +127,14 @@ def test_one_unstable_relu_by_brute_force_of_its_parallelogram() -> None:
     assert symbolic_margins(net, box, torch.tensor([1]))[0, 0].item() == pytest.approx(-3.0, abs=1e-12)
 
 
-SUPPORTED = sorted(
-    set(RULE_NETS)
-    - {"ReLU6", "Hardtanh", "Tanh", "Linear", "Sigmoid", "+", "residual", "torch.add", "torch.cat", "torch.cat of rows",
-       "F.avg_pool2d", "F.adaptive_avg_pool2d"}
-    - {name for name in RULE_NETS if "ax" in name}
-)
+def operations(name: str) -> set[Any]:
+    net = RULE_NETS[name]()
+    modules = dict(net.named_modules())
+    return {operation(node, modules) for node in trace(net).nodes if node.op not in ("placeholder", "output")}
+
+
+PADDED = {"MaxPool2d overlapping", "F.max_pool2d padded"}
+SUPPORTED = sorted(name for name in RULE_NETS if name not in PADDED and operations(name) <= set(SYMBOLIC_RULES))
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -152,25 +155,18 @@ def test_no_point_of_the_box_contradicts_the_symbolic_margins(name: str) -> None
 
 
 def test_the_networks_above_use_every_symbolic_rule() -> None:
-    from verifiers.graph import operation, trace
-
-    used: set[Any] = set()
-    for name in SUPPORTED:
-        net = RULE_NETS[name]()
-        modules = dict(net.named_modules())
-        used |= {operation(node, modules) for node in trace(net).nodes if node.op not in ("placeholder", "output")}
-    assert used == set(SYMBOLIC_RULES)
+    assert {one for name in SUPPORTED for one in operations(name)} == set(SYMBOLIC_RULES)
 
 
-@pytest.mark.parametrize("name", ["residual", "torch.cat", "Tanh", "ReLU6", "MaxPool2d", "F.max_pool2d"])
+@pytest.mark.parametrize("name", ["Tanh", "ReLU6", "MaxPool2d overlapping", "F.max_pool2d padded"])
 def test_operations_without_a_symbolic_rule_are_refused_by_name(name: str) -> None:
-    word = {"residual": "add", "torch.cat": "cat", "F.max_pool2d": "max_pool2d"}.get(name, name)
+    word = "MaxPool2d with padding" if "ax" in name else name
     net, x = randomised(RULE_NETS[name]()), images(2)
     with pytest.raises(UnsupportedNetworkError, match=word):
         SymbolicInterval(eps=EPS)(net, x, labels(net, x))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "lenet"])
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "lenet"])
 def test_models_of_the_suite_are_bounded_soundly_and_more_tightly_than_by_intervals_somewhere(name: str) -> None:
     side = 4 if name == "cnn_large" else 8
     net = randomised(build_model(name, (1, side, side), 5, (0.4,), (0.5,)), gain=1.2, kept=0.5)
@@ -183,10 +179,53 @@ def test_models_of_the_suite_are_bounded_soundly_and_more_tightly_than_by_interv
     assert "proved" in tiny.status
 
 
-def test_lenet_is_refused_by_the_name_of_its_pooling() -> None:
-    net, x = build_model("lenet", (1, 16, 16), 5).eval(), images(1, (1, 16, 16))
-    with pytest.raises(UnsupportedNetworkError, match="MaxPool2d"):
-        SymbolicInterval(eps=EPS)(net, x, labels(net, x))
+def pooled(layer: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), layer, nn.Flatten(), nn.Linear(width, 5))
+
+
+MAXIMA = [(nn.MaxPool2d(2), 27), (nn.MaxPool2d(3, 2), 12), (nn.MaxPool2d(2, 1, dilation=2), 48), (nn.MaxPool2d((1, 2)), 54)]
+
+
+@pytest.mark.parametrize("layer, width", MAXIMA)
+def test_maxima_are_bounded_soundly_and_exactly_where_no_other_pixel_can_win(layer: nn.Module, width: int) -> None:
+    net, x = exact(randomised(pooled(layer, width))), images(3, dtype=torch.float64)
+    y = labels(net, x)
+    for eps in (Fraction(1, 10), Fraction(1, 1000)):
+        margins = symbolic_margins(net, outward_box(x, eps), y)
+        logits = net(points_of_ball(x, "linf", eps, 60).flatten(0, 1)).unflatten(0, (60, 3))
+        reached = (logits.gather(2, y.view(1, -1, 1).expand(60, -1, 1)) - logits).amin(0)
+        assert (margins <= reached + 1e-12).all()
+    point = Interval(x, x)
+    torch.testing.assert_close(symbolic_margins(net, point, y), ibp_margins(net, point, y), atol=1e-9, rtol=1e-9)
+
+
+def test_the_maximum_of_two_by_hand() -> None:
+    """max(x, 0.5) on [0, 1] as a form: 0.5 + 0.5 (x - 0.5) + 0.125 +- 0.125, so it lies in [0.25, 1]."""
+    net = nn.Sequential(nn.MaxPool2d((1, 2)), nn.Flatten(), linear([[-1.0], [0.0]], [1.0, 0.0])).double()
+    box = Interval(torch.tensor([[[[0.0, 0.5]]]]).double(), torch.tensor([[[[1.0, 0.5]]]]).double())
+    assert symbolic_margins(net, box, torch.tensor([0]))[0, 1].item() == pytest.approx(0.0, abs=1e-12)
+    assert symbolic_margins(net, box, torch.tensor([1]))[0, 0].item() == pytest.approx(-0.75, abs=1e-12)
+
+
+def test_what_two_branches_share_cancels() -> None:
+    """relu(z) - relu(z) as a residual sum is 0, since both branches hold the same symbols; relu(z) + relu(-z) is not |z|."""
+    net = Forward(
+        lambda s, x: (lambda z: s.head(s.minus(z) + s.plus(z)))(torch.relu(s.a(torch.flatten(x, 1)))),
+        a=linear([[4.0]], [-1.0]), minus=linear([[-1.0]]), plus=linear([[1.0]]), head=linear([[1.0], [0.0]]),
+    ).double()
+    box = Interval(torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64))
+    for y in (0, 1):
+        assert symbolic_margins(net, box, torch.tensor([y]))[0, 1 - y].item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_lenet_is_bounded_and_gradients_pass_its_maxima() -> None:
+    net, x = randomised(build_model("lenet", (1, 16, 16), 5), gain=1.2, kept=0.3), images(1, (1, 16, 16))
+    y = labels(net, x)
+    proof = SymbolicInterval(eps=EPS)(net, x, y)
+    assert proof.margin.item() <= lowest_reached(net, x, y, "linf", EPS).item() + 1e-3
+    assert proof.margin.item() > IBP(eps=EPS)(net, x, y).margin.item()
+    smallest_margin(symbolic_margins(net, outward_box(x, Fraction(1, 1000)), y), y).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters())
 
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
