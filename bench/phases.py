@@ -46,6 +46,8 @@ def fit(
 ) -> dict[str, Tensor]:
     """Train and prune `model` in place; returns the plain state dict with zeros in it.
 
+    What the method stored in place of weights (factors, codes) is left on the model: `factors.stored_forms(model)`.
+
     With a `store` folder, every finished phase and the state inside the current one survive a kill, and a second run gives
     bit-identical weights.
     """

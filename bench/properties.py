@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from verifiers import UnsupportedNetworkError
 from verifiers.ball import Interval
 from verifiers.bounds import ibp_logits
-from verifiers.proof import BROKEN, OPEN, PROVED, TIMEOUT
+from verifiers.proof import BROKEN, OPEN, PROVED, TIMEOUT, SelfRefutedError
 from verifiers.properties import decide
 from verifiers.rounding import SHARE, allowance, in_float64
 
@@ -147,6 +147,8 @@ class _Question:
             return TIMEOUT, None
         try:
             verdict = decide(self.model, *wide, one.rows, one.offsets, nodes=self.nodes, seconds=seconds, seed=self.seed)
+        except SelfRefutedError:
+            raise
         except UnsupportedNetworkError as reason:
             return self._by_intervals(wide, narrow, one, reason)
         self.spent += verdict.nodes

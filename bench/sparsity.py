@@ -139,7 +139,7 @@ def attach(layer: nn.Module, part: nn.Module) -> nn.Module:
     Where that part made the weight from factors, the weight they made stays.
     """
     if parametrize.is_parametrized(layer, "weight"):
-        factors = not layer.parametrizations.weight.is_tensor  # type: ignore[union-attr, operator]
+        factors = not layer.parametrizations.weight.is_tensor  # type: ignore[union-attr]
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=factors)
     parametrize.register_parametrization(layer, "weight", part)
     return part

@@ -30,7 +30,7 @@ def trace(model: nn.Module) -> fx.Graph:
 
     Raises UnsupportedNetworkError for a forward that cannot be traced, takes several inputs or is changed by hooks.
     """
-    shape = tuple((name, layer_type(layer), layer.training) for name, layer in model.named_modules())
+    shape = _shape(model)
     _refuse_hooks(model)
     if model not in _graphs or _graphs[model][0] != shape:
         try:
@@ -42,6 +42,16 @@ def trace(model: nn.Module) -> fx.Graph:
             raise UnsupportedNetworkError(f"the network must take one tensor of images, its forward takes {', '.join(inputs)}")
         _graphs[model] = shape, graph
     return _graphs[model][1]
+
+
+def _shape(model: nn.Module) -> Shape:
+    return tuple((name, layer_type(layer), layer.training) for name, layer in model.named_modules())
+
+
+def share_trace(model: nn.Module, copy: nn.Module) -> None:
+    """A deep copy takes the graph of its original, if that was traced with the same layers in the same modes."""
+    if model in _graphs and _graphs[model][0] == _shape(copy):
+        _graphs[copy] = _graphs[model]
 
 
 def _refuse_hooks(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .graph import name_of, operation, trace
 from .normalise import Normalize
 from .pooling import calls_as_layers, pair, pair_of_output, plain_pool, pools_as_layers
-from .proof import UnsupportedNetworkError
+from .proof import SelfRefutedError, UnsupportedNetworkError
 from .rewrites import Editor, clips_as_relus, fold_batchnorms, make_plain, simplify
 
 CORE_LAYERS = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, nn.BatchNorm2d)
@@ -200,4 +200,4 @@ def _check_equal(model: nn.Module, lowered: Lowered, example: Tensor) -> None:
         # a float32 network's folded weights were rounded to float32, so the two agree to that precision only
         share = 1e-5 if example.dtype == torch.float32 else 1e-9
         if want.shape != got.shape or not float((want - got).abs().max()) <= share * scale:
-            raise UnsupportedNetworkError("the lowered network differs from the original; please report this network")
+            raise SelfRefutedError("the lowered network differs from the original; please report this network")

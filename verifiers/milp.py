@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, OptimizeWarning, milp
 from torch import Tensor
 
-from .proof import UnsupportedNetworkError
+from .proof import SelfRefutedError
 from .relax import Box, Rows
 
 TOLERANCE = 1e-5  # ten times HiGHS's own feasibility tolerance, relative to the absolute sum of the margin's row
@@ -141,4 +141,4 @@ class Encoding:
         off = np.abs(said - (points @ rows.matrix.mT + rows.constant).numpy()) / (1 + self.margins.size)
         spare = 1e-7 * (1 + np.tile(self.inputs.size, 3))
         if not ((got >= lower - spare) & (got <= upper + spare)).all() or not (off <= 1e-7).all():
-            raise UnsupportedNetworkError("the integer programme does not hold at points of its own network; please report it")
+            raise SelfRefutedError("the integer programme does not hold at points of its own network; please report it")

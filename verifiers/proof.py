@@ -14,6 +14,10 @@ class UnsupportedNetworkError(Exception):
     """The network holds something that a bound method has no sound rule for; the message names it."""
 
 
+class SelfRefutedError(UnsupportedNetworkError):
+    """A bound does not hold at a point that was looked at: nothing of this verifier may be believed on this network."""
+
+
 @dataclass(frozen=True)
 class Proof:
     """Per-sample answers of one verifier: "certified at r" is `radius >= r`, and a radius of 0 proves nothing.

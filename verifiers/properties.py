@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .ascent import sharpened
 from .ball import Interval
 from .branching import Budget, OutOfBudgetError, Search, Verdict
-from .proof import BROKEN, OPEN, UnsupportedNetworkError
+from .proof import BROKEN, OPEN, SelfRefutedError
 from .relax import Box, Rows, relax
 from .rounding import SHARE, allowance, full_precision, in_float64
 from .unrolled import Unrolled
@@ -80,7 +80,7 @@ def settled(
     """
     found = _searched(network, box, judge, budget, milp_below, seed, proposals)
     if found.margin > judge.lowest + 1e-6 * max(1.0, abs(judge.lowest)):
-        raise UnsupportedNetworkError(
+        raise SelfRefutedError(
             f"the bound {found.margin:.9g} lies above the reached margin {judge.lowest:.9g}; please report this network"
         )
     return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .ball import Interval
-from .proof import UnsupportedNetworkError
+from .proof import SelfRefutedError
 from .rounding import SAFETY, SHARE, UNIT
 from .unrolled import Affine, Unrolled, weighted
 
@@ -146,7 +146,7 @@ def require_that_true_points_fit(network: Unrolled, box: Box) -> None:
     inside = (known >= box.low - box.error) & (known <= box.high + box.error)
     finite = torch.isfinite(box.low) & torch.isfinite(box.high)
     if bool(((said - outputs).abs() > spare).any()) or not bool(inside[:, finite].all()):
-        raise UnsupportedNetworkError("the relaxation does not hold at points of its own network; please report this network")
+        raise SelfRefutedError("the relaxation does not hold at points of its own network; please report this network")
 
 
 class _Source(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .ball import Interval, Region
 from .bounds import INTERVAL_RULES, BatchNorm, batchnorm_scale, conv
-from .graph import layer_type, walk
+from .graph import layer_type, share_trace, walk
 from .normalise import Normalize
 from .proof import UnsupportedNetworkError
 
@@ -212,7 +212,9 @@ def full_precision() -> Iterator[None]:
 
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy of a plain network in double precision, in eval mode."""
-    return copy.deepcopy(model).double().eval()
+    double = copy.deepcopy(model).double().eval()
+    share_trace(model, double)
+    return double
 
 
 class Settled(NamedTuple):

@@ -100,7 +100,7 @@ class BookAnchor(Anchor):
     """A factor's quantised copy z, the scaled dual u and the penalty rho; at first z is the factor and u is zero."""
 
     def __init__(self, factor: Tensor, rho: float) -> None:
-        super().__init__(factor, factor.numel(), rho)
+        super().__init__(factor, factor.numel(), float(rho))
 
     def quantised(self, factor: Tensor) -> Tensor:
         """The factor plus its dual, on the factor's own support, by at most 256 distinct non-zero values."""

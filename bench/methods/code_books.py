@@ -16,15 +16,15 @@ def learned_book(values: Tensor, size: int = BOOK) -> Tensor:
     """Every entry moved to the nearest of 0 and `size` learned values; zeros stay zeros.
 
     The values are the best ones in squared error where at most 512 entries differ, else the best ones for the means of 512 even
-    intervals, improved by at most 20 rounds of Lloyd's algorithm. With at most `size` distinct non-zeros nothing changes. values:
-    finite, any shape. Raises ValueError for a size below 1. Gui et al. 2019 (ATMC, arXiv 1902.03538).
+    intervals, improved by at most 20 rounds of Lloyd's algorithm. With at most `size` distinct non-zeros nothing changes, nor
+    where an entry is not finite. values: any shape. Raises ValueError for a size below 1. Gui et al. 2019 (arXiv 1902.03538).
     """
     if size < 1:
         raise ValueError(f"a code book needs at least one value, got {size}")
     kept = values != 0
     entries = values[kept].double().cpu()
     points, counts = entries.unique(return_counts=True)
-    if len(points) <= size:
+    if len(points) <= size or not bool(points.isfinite().all()):  # the loop stops a training that diverges
         return values.clone()
     book = _best(points, counts.double(), size) if len(points) <= EXACT else _lloyd(entries, _best(*_intervals(entries), size))
     out = torch.zeros_like(values)

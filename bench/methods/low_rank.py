@@ -39,12 +39,8 @@ def global_ranks(values: Mapping[str, Tensor], costs: Mapping[str, int], keep: i
     """Ranks by one threshold on the singular values of all layers, the lowest with which the factors have at most `keep` entries.
 
     values: each layer's singular values, largest first; at least one of each layer stays. costs: entries that a rank takes.
-    Raises ValueError where `keep` is too small for rank one.
     """
-    left = keep - sum(costs.values())
-    if left < 0:
-        raise ValueError(f"the density keeps {keep} weights, and factors of rank one take {sum(costs.values())}; ask for more")
-    ranks = dict.fromkeys(values, 1)
+    left, ranks = keep - sum(costs.values()), dict.fromkeys(values, 1)
     rest = [(value, name) for name, own in values.items() for value in own[1:].tolist()]
     for _, name in sorted(rest, key=lambda one: -one[0]):
         if costs[name] > left:
@@ -60,16 +56,20 @@ class ALR:
 
     The low-rank baseline of Gui et al. 2019 (ATMC, arXiv 1902.03538). One threshold on the singular values of all layers gives
     the ranks: the largest for which the factors have at most floor(density N) entries, N the dense weights (the paper scans it).
+    Raises ValueError for a density below rank one in every layer.
     """
 
     scope: ClassVar[str] = "global over the factors, at most"
 
     def __call__(self, model: nn.Module, density: Fraction, training: Training) -> Iterator[Phase]:
-        yield training.pretrain()
         layers = prunable(model)
-        values = {name: torch.linalg.svdvals(layer.weight.detach().flatten(1).double()) for name, layer in layers.items()}
         costs = {name: sum(layer.weight.flatten(1).shape) for name, layer in layers.items()}
-        keep = budget_of(sum(layer.weight.numel() for layer in layers.values()), density)
+        total = sum(layer.weight.numel() for layer in layers.values())
+        keep, least = budget_of(total, density), sum(costs.values())
+        if keep < least:
+            raise ValueError(f"density {density} keeps {keep} weights, factors of rank one take {least}; ask for {least}/{total}")
+        yield training.pretrain()
+        values = {name: torch.linalg.svdvals(layer.weight.detach().flatten(1).double()) for name, layer in layers.items()}
         for name, rank in global_ranks(values, costs, keep).items():
             attach(layers[name], LowRank(rank))
         yield training.finetune()

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bench.properties
 from bench.errors import UserError
 from bench.properties import Answer, answer
 from bench.vnnlib_files import Property, Region, Row, read_property
+from verifiers.proof import SelfRefutedError
 from verifiers.rounding import in_float64
 
 pytest.importorskip("pysmt")
@@ -169,3 +171,12 @@ def test_a_property_of_another_network_is_refused() -> None:
 
 def test_no_time_is_a_timeout_not_an_answer() -> None:
     assert answer(net(1), (2,), asked([[row(1, -1, offset=Fraction(-1, 4))]]), seconds=1e-9).status == "timeout"
+
+
+def test_a_search_that_refuted_itself_is_not_replaced_by_weaker_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuted(*_: object, **__: object) -> None:
+        raise SelfRefutedError("the bound 1 lies above the reached margin 0; please report this network")
+
+    monkeypatch.setattr(bench.properties, "decide", refuted)
+    with pytest.raises(UserError, match="please report"):
+        answer(net(0), (2,), asked([[row(1, -1)]]))
