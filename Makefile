@@ -11,6 +11,8 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q
+# two processes of one thread each, where pytest-xdist is there
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .PHONY: demo test test-slow check clean
@@ -19,9 +21,9 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PYTEST)
 test-slow: $(READY)
-	$(PY) -m pytest --slow
+	$(PYTEST) --slow
 check: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
