@@ -20,6 +20,7 @@ from leaderboard.row_checks import problems
 from .build import build, construct
 from .cells import Assignment
 from .checkpoints import Card, load_checkpoint, network
+from .checkpoints import read as read_any
 from .data import Split
 from .errors import UserError
 from .outside import is_own
@@ -139,6 +140,8 @@ def _claims_of_record(record: Record, path: Path, outside: Outside) -> Claims:
     card = Card(cell["arch"], data.shape, data.classes, data.name)
     weights = _inside(folder, evidence.weights, path)
     model = network(load_checkpoint(weights)[0], card, weights).to(outside.device)
+    if evidence.stored is not None:
+        findings.append(_merges(_inside(folder, evidence.stored, path), load_checkpoint(weights)[0]))
     attacks, verifiers = (_tools(kind, cell[f"{kind}s"], outside) for kind in ("attack", "verifier"))
     for one in (*attacks, *verifiers):
         if (source := source_digest(one.tool)) is not None:
@@ -154,6 +157,13 @@ def _claims_of_record(record: Record, path: Path, outside: Outside) -> Claims:
 def _same(what: str, recorded: str | None, found: str) -> Finding:
     why = "" if recorded == found else f"recorded {str(recorded)[:12]}..., but here it is {found[:12]}..."
     return Finding(f"{what} digest", why=why)
+
+
+def _merges(stored: Path, plain: Mapping[str, Tensor]) -> Finding:
+    """Whether the stored form (factors, codes) gives the very weights that were judged."""
+    merged = read_any(stored).state
+    same = set(merged) == set(plain) and all(torch.equal(merged[name], plain[name]) for name in plain)
+    return Finding("stored form", why="" if same else f"{stored.name} merges to other weights than those that were judged")
 
 
 def _inside(folder: Path, name: str | None, path: Path) -> Path:

@@ -26,7 +26,7 @@ class Anchor(nn.Module):
         self.keep = keep
         self.register_buffer("z", self.sparse(weight.detach()))
         self.register_buffer("u", torch.zeros_like(weight))
-        self.register_buffer("rho", torch.tensor(rho, device=weight.device))
+        self.register_buffer("rho", torch.tensor(float(rho), device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight

@@ -587,6 +587,18 @@ def test_a_costly_verifier_is_asked_only_about_what_is_open_and_takes_over_the_r
     assert out.rows["radius:oracle"].tolist() == [0.0, 0.1, 0.1, 0.0]
 
 
+def test_a_cheap_verifier_with_counterexamples_leaves_every_attack_its_turn() -> None:
+    @dataclass(frozen=True)
+    class Eager(Oracle):
+        costly: ClassVar[bool] = False
+
+    x, y, eps = torch.tensor([0.45]).view(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), Fraction(1, 10)
+    attack = Assignment("pgd", {"name": "pgd"}, PGD(norm="linf", eps=eps, steps=5))
+    eager = Assignment("eager", {"name": "eager"}, Eager(shift=-0.1))
+    out = evaluate(threshold_net(), x, y, [0], Threat("linf", eps), [attack], [eager])
+    assert out.rows[["survived:pgd", "survived:eager"]].to_numpy().tolist() == [[False, False]]
+
+
 def test_a_counterexample_of_one_verifier_contradicts_the_certificate_of_another() -> None:
     x, y = torch.tensor([0.45]).view(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from bench import phases
 from bench.__main__ import main
 from bench.cells import read_suite
 from bench.checkpoints import read as read_checkpoint
+from bench.claims import Outside, claims_of_record
 from bench.factors import stored_forms, stored_state
 from bench.methods import AL0, ALR, ATMC, ATMC8, METHODS, Uniform8Bit, atmc, code_books
 from bench.methods.atmc import BookAnchor, Factored, book_anchors, factor_budget, factorised, factors
@@ -560,3 +562,28 @@ def test_a_record_that_lies_about_its_stored_form_is_found_out(measured: dict[st
 
     assert any("stores fc1.weight in" in problem for problem in forged(path, signed))
     file.write_bytes(kept)
+
+
+def test_replay_finds_a_stored_form_that_merges_to_other_weights(measured: dict[str, Path]) -> None:
+    path = measured["alr"]
+    file, original = path.parent / str(read(path).evidence.stored), path.read_text()
+    outside = Outside(torch.device("cpu"))
+    assert [one.why for one in claims_of_record(path, outside).findings if one.what == "stored form"] == [""]
+    kept = file.read_bytes()
+    with safe_open(file, "numpy") as opened:
+        about = opened.metadata()
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("fc1") and name.endswith(".U"))
+    tensors[name] = 2 * tensors[name]  # as many numbers as before, other ones
+    save_file(tensors, file, about)
+    document = json.loads(original)
+    document["evidence"]["stored_sha256"] = sha256_file(file)
+    document["digest"] = digest(document)
+    path.write_text(json.dumps(document))
+    try:
+        assert check(read(path), path.parent) == []
+        (found,) = [one.why for one in claims_of_record(path, outside).findings if one.what == "stored form"]
+        assert "merges to other weights" in found
+    finally:
+        path.write_text(original)
+        file.write_bytes(kept)
