@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from .evaluate import Evaluation, evaluate
 from .export import export
 from .files import make_folder, write_json, write_whole
 from .health import Flag, flags
+from .onnx_files import is_onnx
+from .outside import is_own
 from .passport import claim_holds, passport
 from .question import DISTANCE, Case, Question, prepare
 from .report import write_report
@@ -35,7 +38,10 @@ HEALTH = 64  # samples that the health flags are computed on
 Report = Callable[[int, int, dict[str, int]], None]
 
 
-def certify(question: Question, device: torch.device, out: Path | None = None, report: Report = nothing) -> dict[str, Any]:
+def certify(
+    question: Question, device: torch.device, out: Path | None = None, report: Report = nothing,
+    doing: Callable[[str], None] = nothing,
+) -> dict[str, Any]:
     """{"summary", "rows", "curve", ...} of one checkpoint on the test set.
 
     Samples are judged batch by batch; with a folder `out` every finished batch survives a kill and is not judged again, and the
@@ -49,11 +55,12 @@ def certify(question: Question, device: torch.device, out: Path | None = None, r
         seconds = dict(question.exact).get("seconds")
         export(case.model, case.data, case.samples, case.threat.eps, question.export, seconds)
     batches = torch.arange(len(case.samples)).split(question.batch)
+    _say_what_lies_there(case, batches, out, doing)
     end = math.inf if question.total_seconds is None else start + question.total_seconds
     parts: list[pd.DataFrame] = []
     for at in batches:
         kept = _place(out, case.fingerprint, at)
-        parts.append(_out_of_time(case, at) if time.perf_counter() > end else _kept(kept, partial(_judge, case, at)))
+        parts.append(_out_of_time(case, at) if time.perf_counter() > end else _kept(kept, partial(_judge, case, at, doing)))
         done = pd.concat(parts, ignore_index=True)
         report(len(done), len(case.samples), {name: int((done["verdict"] == name).sum()) for name in VERDICTS})
     rows = pd.concat(parts, ignore_index=True)
@@ -65,6 +72,21 @@ def certify(question: Question, device: torch.device, out: Path | None = None, r
         _write_table(rows, out / "rows")
         write_report(answer, out)
     return answer
+
+
+def _say_what_lies_there(case: Case, batches: Sequence[Tensor], out: Path | None, doing: Callable[[str], None]) -> None:
+    """What a folder of answers holds already: batches of this very question, or the answer to another one."""
+    if out is None:
+        return
+    done = sum(len(at) for at in batches if (path := _place(out, case.fingerprint, at)) is not None and path.exists())
+    if done:
+        doing(f"{done} of {len(case.samples)} images were judged before and are taken from {out}")
+    try:
+        before = json.loads((out / "answer.json").read_text(encoding="utf-8"))["asked"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != case.fingerprint:
+        doing(f"{out} holds the answer to another question, which this one replaces")
 
 
 def _write_table(table: pd.DataFrame, where: Path) -> None:
@@ -120,11 +142,11 @@ def _kept(path: Path | None, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     return table
 
 
-def _judge(case: Case, at: Tensor) -> pd.DataFrame:
+def _judge(case: Case, at: Tensor, doing: Callable[[str], None]) -> pd.DataFrame:
     start = time.perf_counter()
     samples = case.samples
     x, y, index = samples.pixels(at), samples.labels[at], samples.index[at].tolist()
-    out: Evaluation = evaluate(case.model, x, y, index, case.threat, case.attacks, case.verifiers)
+    out: Evaluation = evaluate(case.model, x, y, index, case.threat, case.attacks, case.verifiers, doing)
     for stage, seconds in out.seconds.items():
         case.seconds[stage] = round(case.seconds.get(stage, 0.0) + seconds, 4)
     case.warnings += [sentence for sentence in out.warnings if sentence not in case.warnings]
@@ -163,7 +185,7 @@ def _out_of_time(case: Case, at: Tensor) -> pd.DataFrame:
 def _answer(question: Question, case: Case, rows: pd.DataFrame, health: list[Flag]) -> dict[str, Any]:
     claim = None if question.claim is None else claim_holds(case.model, question.claim)
     return {
-        "checkpoint": str(question.path), "digests": dict(case.digests), "asked": _as_asked(question),
+        "checkpoint": str(question.path), "digests": dict(case.digests), "asked": _as_asked(question, case),
         "layout": case.layout, "notes": case.notes,
         "arch": case.arch, "data": case.data.name, "note": case.data.note,
         "threat": plain(case.threat),
@@ -178,7 +200,14 @@ def _answer(question: Question, case: Case, rows: pd.DataFrame, health: list[Fla
     }
 
 
-def _as_asked(question: Question) -> dict[str, Any]:
+def _as_asked(question: Question, case: Case) -> dict[str, Any]:
     """What the file and the flags together do not say elsewhere in the answer, so that it can be asked again."""
-    density = None if question.density is None else str(question.density)
-    return {"mean": list(question.mean), "std": list(question.std), "density": density, "batch": question.batch}
+    own = question.data is not None and question.data.endswith(".npz")
+    file, _, name = case.arch.rpartition(":")
+    return {
+        "checkpoint": str(question.path.resolve()), "data": str(Path(str(question.data)).resolve()) if own else case.data.name,
+        "arch": None if is_onnx(question.path) else f"{Path(file).resolve()}:{name}" if is_own(case.arch) else case.arch,
+        "mean": list(question.mean), "std": list(question.std),
+        "density": None if question.density is None else str(question.density),
+        "batch": question.batch, "fingerprint": case.fingerprint,
+    }

@@ -90,7 +90,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Card | None]:
 def _content(path: Path) -> tuple[Any, Card | None, str]:
     """(whatever the file holds, card or None, the kind of file)."""
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(f"{path} is a folder; name the checkpoint in it" if path.is_dir() else f"there is no checkpoint {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes; checkpoints above {LARGEST:,} are refused")
     if path.suffix.lower() == ".onnx":
@@ -142,7 +144,7 @@ def _torch_content(path: Path) -> Any:
         ) from reason
     except Exception as reason:
         first = next(iter(str(reason).splitlines()), type(reason).__name__)
-        raise UserError(f"{path} is not a checkpoint that can be read: {first}") from reason
+        raise UserError(f"{path} is no torch or safetensors file, or it was cut off ({first})") from reason
 
 
 def network(state: Mapping[str, Tensor], card: Card, where: Path) -> nn.Module:

@@ -207,13 +207,13 @@ def claims_of_folder(folder: Path, outside: Outside) -> Claims:
 
 
 def _claims_of_answer(answer: dict[str, Any], folder: Path, outside: Outside) -> Claims:
-    if is_own(str(answer["arch"])):
-        _allow(f"the architecture {answer['arch']!r}", outside)
-    threat: Threat = construct(Threat, answer["threat"], "the threat")
     asked = answer["asked"]
+    if is_own(asked["arch"] or ""):
+        _allow(f"the architecture {asked['arch']!r}", outside)
+    threat: Threat = construct(Threat, answer["threat"], "the threat")
     density = None if asked["density"] is None else Fraction(asked["density"])
     question = Question(
-        Path(answer["checkpoint"]), threat.norm, threat.eps, (), (), arch=answer["arch"], data=answer["data"],
+        Path(asked["checkpoint"]), threat.norm, threat.eps, (), (), arch=asked["arch"], data=asked["data"],
         data_dir=outside.data_dir, mean=tuple(asked["mean"]), std=tuple(asked["std"]), density=density,
     )
     case = prepare(question, outside.device)

@@ -157,7 +157,8 @@ def _card(question: Question, state: Mapping[str, Tensor], card: Card | None, da
     mean, std = question.mean, question.std
     if card is not None:
         if (mean or std) and (tuple(mean), tuple(std)) != (tuple(card.mean), tuple(card.std)):
-            raise UserError(f"{question.path} says its own normalisation ({card.mean}, {card.std}); leave out --mean and --std")
+            own = f"its own normalisation (mean {card.mean}, std {card.std})" if card.mean or card.std else "that it has none"
+            raise UserError(f"{question.path} says {own}; leave out --mean and --std")
         mean, std = card.mean, card.std
     return Card(arch, data.shape, data.classes, data.name, tuple(mean), tuple(std))
 

@@ -100,7 +100,7 @@ class LiveScreen(Screen):
 
 
 class Judging:
-    """Samples judged so far, with the verdicts, on a terminal; nothing elsewhere."""
+    """Samples judged so far, with the verdicts, as a bar on a terminal and as lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.bar = Progress(
@@ -108,6 +108,7 @@ class Judging:
             TimeRemainingColumn(), TextColumn("{task.fields[verdicts]}"), console=console, transient=True,
             disable=not console.is_terminal,
         )
+        self.console = console
         self.task = self.bar.add_task("", total=None, verdicts="reading")
 
     def __enter__(self) -> Judging:
@@ -120,6 +121,16 @@ class Judging:
     def moved(self, done: int, total: int, verdicts: dict[str, int]) -> None:
         words = "  ".join(f"{name} {count}" for name, count in verdicts.items() if count)
         self.bar.update(self.task, completed=done, total=total, verdicts=words)
+        self._line(f"{done}/{total} images  {words}")
+
+    def doing(self, what: str) -> None:
+        """A tool of the batch under way, or a sentence about the whole."""
+        self.bar.update(self.task, verdicts=what)
+        self._line(what)
+
+    def _line(self, text: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def short(cell: str) -> str:

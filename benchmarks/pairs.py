@@ -2,11 +2,13 @@
 
     python -m benchmarks.pairs [--write] [ARCHITECTURE ...]
 
-Networks have 1/16 of their width; images are 16x16 in colour. --write keeps the table as docs/objectives_and_architectures.md.
+Networks have 1/16 of their width; images are 16x16 in colour. --write keeps what was tried in
+docs/objectives_and_architectures.md.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,7 +46,7 @@ class Seen:
     without_gradient: set[str] = field(default_factory=set)
     farthest: float = 0.0  # an image that the network saw, from the nearest clean one, linf
     bounds: int = 0
-    excess: float = float("-inf")  # of a lower bound over a margin that a point of its box has
+    excess: float = float("-inf")  # of a lower bound over a margin that a point of its box has, relative to 1 + |margin|
 
 
 def split() -> Split:
@@ -82,7 +84,7 @@ def watched(seen: Seen, clean: Tensor) -> Iterator[Callable[[nn.Module, tuple[An
                 for share in (0.0, 0.5, 1.0):
                     logits = model(box.lower + share * (box.upper - box.lower))
                     reached = logits.gather(1, y[:, None]) - logits
-                    seen.excess = max(seen.excess, float((lower - reached).max()))
+                    seen.excess = max(seen.excess, float(((lower - reached) / (1 + reached.abs())).max()))
             seen.bounds += 1
             return lower
 
@@ -162,15 +164,21 @@ def judged(objective: str, arch: str) -> str:
     if objective not in UNBOUNDED and seen.farthest > float(EPS) + 1e-6:
         return f"an image left its ball: {seen.farthest:.6f}"
     if seen.excess > 1e-4:
-        return f"a bound lies {seen.excess:.6f} above a margin"
+        return f"a bound lies {seen.excess:.6f} of its size above a margin"
     return "ok"
 
 
-def table(archs: list[str]) -> dict[tuple[str, str], str]:
-    return {(objective, arch): judged(objective, arch) for arch in archs for objective in OBJECTIVES}
+def written() -> dict[tuple[str, str], str]:
+    """The table of the page: what stands there of each (objective, architecture)."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
+    reasons = dict(line.split(". ", 1) for line in lines if re.match(r"\d+\. ", line))
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    names = rows[0][1:] if rows else []
+    return {(name, row[0]): reasons.get(cell, cell) for row in rows[1:] for name, cell in zip(names, row[1:], strict=True)}
 
 
-def page(found: dict[tuple[str, str], str], archs: list[str]) -> str:
+def page(found: dict[tuple[str, str], str]) -> str:
+    archs = [arch for arch in ARCHITECTURES if any(arch == one for _, one in found)]
     reasons = sorted({text for text in found.values() if text != "ok"})
     marks = {text: str(number) for number, text in enumerate(reasons, 1)}
     lines = [
@@ -192,12 +200,12 @@ def page(found: dict[tuple[str, str], str], archs: list[str]) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     archs = [name for name in sys.argv[1:] if name != "--write"] or list(ARCHITECTURES)
-    found = {}
+    found = written()
     for arch in archs:
-        found |= table([arch])
+        found |= {(name, arch): judged(name, arch) for name in OBJECTIVES}
         print(arch, *(f"{name}: {found[name, arch]}" for name in OBJECTIVES), sep="\n    ", flush=True)
     if "--write" in sys.argv[1:]:
-        PAGE.write_text(page(found, archs), encoding="utf-8")
+        PAGE.write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

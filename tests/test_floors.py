@@ -55,7 +55,7 @@ properties                                 : errors vnnlib_files | verifiers
 export                                     : errors data files onnx_files vnnlib_files | verifiers
 question: build cells checkpoints data errors factors onnx_files outside provenance radii run threat | leaderboard
 answer       : build cells question radii sparsity
-certify      : answer build cells curve evaluate export files health passport question report train | leaderboard
+certify      : answer build cells curve evaluate export files health onnx_files outside passport question report train | leaderboard
 claims       : build cells question checkpoints data errors outside provenance run threat witnesses | leaderboard
 replay       : cells checkpoints claims errors evaluate threat | attacks verifiers
 workers      : files cells evaluate run

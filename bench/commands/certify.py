@@ -90,7 +90,7 @@ def certify(
     question = _question(context.params)
     with Judging(stderr()) as screen:
         try:
-            answer = ask(question, pick_device(device), None if out is None else make_folder(out), screen.moved)
+            answer = ask(question, pick_device(device), None if out is None else make_folder(out), screen.moved, screen.doing)
         except ContradictionError as found:
             if as_json:
                 show({"contradiction": found.facts, "witness": found.witness.tolist()})

@@ -164,7 +164,7 @@ def test_a_flipped_header_byte_is_refused(whole: Path) -> None:
 
 
 def test_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path: Path) -> None:
-    assert "there is no checkpoint" in refused(tmp_path)
+    assert "is a folder" in refused(tmp_path)
     assert "there is no checkpoint" in refused(tmp_path / "nothing.pt")
 
 

@@ -10,10 +10,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bench.__main__ import main
 from bench.build import build
@@ -152,6 +154,36 @@ def test_a_folder_of_certify_replays_and_a_flipped_verdict_in_it_does_not(run: P
 
 
 # ---- what does not ---------------------------------------------------------------------------------------------------
+
+
+OWN = """
+from torch import nn
+
+def build(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes))
+"""
+
+
+def test_a_folder_about_own_files_replays_from_anywhere_and_notices_that_one_of_them_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    Path("net.py").write_text(OWN)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    torch.save(model.state_dict(), "net.pt")
+    x = np.random.default_rng(0).random((12, 1, 2, 2), dtype=np.float32)
+    np.savez("own.npz", x=x, y=model(torch.from_numpy(x)).argmax(1).numpy(), classes=3)
+    words = ["net.pt", "--arch", "net.py:build", "--data", "own.npz", "--eps", "1/50", "--verifier", "ibp", "--out", "answer"]
+    assert main(["certify", *words]) == 0
+    monkeypatch.chdir(elsewhere)
+    assert main(["replay", str(home / "answer"), "--plugins"]) == 0
+    torch.save({name: 1.5 * value for name, value in model.state_dict().items()}, home / "net.pt")
+    found = replay(home / "answer", 5, 0, Outside(torch.device("cpu"), plugins=True))
+    assert any("checkpoint here is not the one" in one.why for one in found.findings)
 
 
 def test_one_flipped_verdict_is_caught(copy: Path) -> None:
