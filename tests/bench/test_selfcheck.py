@@ -195,7 +195,7 @@ def test_a_passed_selfcheck_is_stamped_and_not_repeated(tmp_path: Path, monkeypa
     assert found is not None
     assert gate(tmp_path, CPU) is None
     assert len(runs) == 1
-    assert stamp(tmp_path, CPU) == found.digest == digest({"calibration": "0" * 64, "checks": [["a question", "ibp", True]]})
+    assert stamp(tmp_path, CPU) == found.digest == digest({"calibration": "0" * 64, "holds": True})
     monkeypatch.setattr(selfcheck, "code_digest", lambda: "other code")
     assert stamp(tmp_path, CPU) is None
 
