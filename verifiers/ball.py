@@ -46,12 +46,16 @@ def float_above(eps: Fraction, dtype: torch.dtype = torch.float32) -> float:
 
 
 def outward_box(x: Tensor, eps: Fraction) -> Interval:
-    """Contains every point of [0,1] within linf distance eps of x, in exact arithmetic: bounds are rounded outwards."""
+    """Contains every point of [0,1] within linf distance eps of x, in exact arithmetic: bounds are rounded outwards.
+
+    A sum rounded to nearest is at most half a step off, so that its neighbour is on the safe side.
+    """
     infinity = torch.tensor(math.inf, dtype=x.dtype, device=x.device)
-    wide = float_above(eps, torch.float64)
-    lower = torch.nextafter((x.double() - wide).to(x.dtype), -infinity).clamp(0, 1)
-    upper = torch.nextafter((x.double() + wide).to(x.dtype), infinity).clamp(0, 1)
-    return Interval(lower, upper)
+    wide = float_above(eps, x.dtype)
+    return Interval(
+        torch.nextafter(x - wide, -infinity).clamp_(0, 1),
+        torch.nextafter(x + wide, infinity).clamp_(0, 1),
+    )
 
 
 def region(x: Tensor, norm: str, eps: Fraction) -> Region:
