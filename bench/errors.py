@@ -10,6 +10,11 @@ class UserError(Exception):
     """Bad input. The message names the value and the way out."""
 
 
+def first_line(error: BaseException) -> str:
+    """What went wrong inside a library, short enough for one sentence: the exception's type and its first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(".: ")
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a catalogue; it offers the nearest known one."""
     names = sorted(known)

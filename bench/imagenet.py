@@ -21,9 +21,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .files import locked, write_json
-from .published import ELSEWHERE, MissingFilesError, bad, cache_folder, first_line
+from .published import ELSEWHERE, MissingFilesError, bad, cache_folder
 
 RESIZED, SIDE = 256, 224  # the shorter side before the crop, the square that networks see
 COUNTS = (1_281_167, 50_000)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .build import load_file
 from .checkpoints import LARGEST_SIDE, MOST_CLASSES, fill
 from .data import Dataset, Split, train_and_validation
-from .errors import UserError
+from .errors import UserError, first_line
 from .models import Shape, normalisation
 
 LARGEST = 4 * 2**30  # bytes of an archive of images, unpacked
@@ -42,15 +42,11 @@ def own_network(
     try:
         model = fill(model, state, arch, where)
     except RuntimeError as reason:
-        raise UserError(f"{arch}: its network does not take these weights: {_first(reason)}") from reason
+        raise UserError(f"{arch}: its network does not take these weights: {first_line(reason)}") from reason
     if mean or std:
         model = nn.Sequential(OrderedDict(normalise=normalisation(mean, std, shape[0]), network=model))
     _try(model, arch, shape, classes)
     return model.eval().requires_grad_(False)
-
-
-def _first(reason: BaseException) -> str:
-    return f"{type(reason).__name__}: {next(iter(str(reason).splitlines()), '')}"
 
 
 def _built(arch: str, shape: Shape, classes: int) -> nn.Module:
@@ -61,7 +57,7 @@ def _built(arch: str, shape: Shape, classes: int) -> nn.Module:
     try:
         model = build(*_arguments(build, shape, classes))
     except Exception as reason:
-        raise UserError(f"{arch} failed: {_first(reason)}") from reason
+        raise UserError(f"{arch} failed: {first_line(reason)}") from reason
     if not isinstance(model, nn.Module):
         raise UserError(f"{arch} returned a {type(model).__name__}, not an nn.Module")
     return model.to("cpu", torch.float32)
@@ -82,7 +78,7 @@ def _module(path: Path) -> Any:
     except UserError:
         raise
     except Exception as reason:
-        raise UserError(f"cannot import {path}: {_first(reason)}") from reason
+        raise UserError(f"cannot import {path}: {first_line(reason)}") from reason
 
 
 @torch.no_grad()
@@ -90,7 +86,7 @@ def _try(model: nn.Module, arch: str, shape: Shape, classes: int) -> None:
     try:
         out = model.eval()(torch.zeros(2, *shape))
     except Exception as reason:
-        raise UserError(f"{arch} does not take images of {'x'.join(map(str, shape))}: {_first(reason)}") from reason
+        raise UserError(f"{arch} does not take images of {'x'.join(map(str, shape))}: {first_line(reason)}") from reason
     if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape != (2, classes):
         found = f"shape {tuple(out.shape[1:])}" if isinstance(out, Tensor) else f"type {type(out).__name__}"
         raise UserError(f"{arch} must answer an image with {classes} logits, its answer has {found}")
@@ -160,7 +156,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as reason:  # numpy and zipfile raise many kinds for damaged bytes
-        raise UserError(f"{path} is not an .npz file of plain arrays: {_first(reason)}") from reason
+        raise UserError(f"{path} is not an .npz file of plain arrays: {first_line(reason)}") from reason
 
 
 def _images(x: np.ndarray, name: str, path: Path) -> tuple[Tensor, float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 ELSEWHERE = "name another data folder with --data-dir or the environment variable SPARSECERT_DATA"
 LARGEST = 1 << 30  # no published file comes near; a compressed file that unfolds to more is broken
@@ -92,10 +92,6 @@ def _content(path: Path) -> bytes:
 def bad(path: Path, what: str) -> UserError:
     """The error for a file that is not what its name says."""
     return UserError(f"{path} {what}: put the published file in its place, or {ELSEWHERE}")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def cache_folder() -> Path:

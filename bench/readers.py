@@ -22,9 +22,10 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from .errors import first_line
 from .files import write_whole
 from .pickles import array_of, walk_pickle
-from .published import File, Published, bad, cache_folder, first_line
+from .published import File, Published, bad, cache_folder
 
 # What numpy, pickletools, zipfile, scipy and Pillow raise when they meet bytes that are not what they should be.
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OSError, EOFError, ArithmeticError, MemoryError,

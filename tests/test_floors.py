@@ -25,7 +25,7 @@ threat                                     : | attacks
 files                                      : errors
 pickles                                    :
 published                                  : errors
-readers                                    : files pickles published
+readers                                    : errors files pickles published
 imagenet                                   : errors files published
 models                                     : errors | verifiers
 data                                       : errors files readers imagenet published
@@ -50,7 +50,8 @@ radii                                      : errors | verifiers
 curve                                      : threat build cells evaluate radii | leaderboard
 report                                     : files | leaderboard
 vnnlib_files                               : errors
-onnx_files                                 : errors models | verifiers
+onnx_layers                                : errors | verifiers
+onnx_files                                 : errors models onnx_layers | verifiers
 properties                                 : errors vnnlib_files | verifiers
 export                                     : errors data files onnx_files vnnlib_files | verifiers
 question: build cells checkpoints data errors factors onnx_files outside provenance radii run threat | leaderboard
