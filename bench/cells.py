@@ -181,13 +181,30 @@ def _grid(
         samples=_samples(table.get("samples", {})),
     )
     densities = [_density(value) for value in _list(grid, "density", where)]
-    for arch, seed in itertools.product(_archs(grid, where), _seeds(grid, where)):
+    seeds, objectives = _seeds(grid, where), [str(one.get("name")) for one in _tables(table, "objective", where)]
+    chosen = [_share(spec, seeds, objectives) for spec in methods]
+    for arch, seed in itertools.product(_archs(grid, where), seeds):
         _fits_network(built, name, arch)
-        for method in methods:
-            build("method", method)
+        for method, own_seeds, own_objectives in chosen:
+            if seed not in own_seeds or name not in own_objectives:
+                continue
             prunes = getattr(find("method", method["name"]), "prunes", True)
             for density in densities if prunes else [Fraction(1)]:
                 yield replace(cell, arch=arch, seed=seed, method=method, density=density)
+
+
+def _share(spec: dict[str, Any], seeds: list[int], objectives: list[str]) -> tuple[dict[str, Any], list[int], list[str]]:
+    """(the method alone, its seeds, its objectives): a method may take part in some of the suite's only."""
+    method = {key: value for key, value in spec.items() if key not in ("seeds", "objectives")}
+    build("method", method)
+    for key, known in (("seeds", seeds), ("objectives", objectives)):
+        own = spec.get(key, known)
+        if not isinstance(own, list) or not own:
+            raise UserError(f"`{key}` of method {method['name']!r} must be a list of some of the suite's {key}, got {own!r}")
+        for one in own:
+            if one not in known or isinstance(one, bool):
+                raise unknown(f"{key.removesuffix('s')} of method {method['name']!r}", str(one), map(str, known))
+    return method, spec.get("seeds", seeds), spec.get("objectives", objectives)
 
 
 def _fits_network(objective: Any, name: str, arch: str) -> None:
@@ -240,7 +257,8 @@ def _known_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> N
 
 def _headline(objective: dict[str, Any], attacks: list[Assignment], verifiers: list[Assignment], threat: Threat) -> str:
     known = [f"certified.{one.label}" for one in verifiers] + [f"robust.{one.label}" for one in attacks]
-    known += ["robust.worst"] if attacks else []
+    inside = any(one.tool.norm == threat.norm and one.tool.eps <= threat.eps for one in attacks)
+    known += ["robust.worst"] if inside else []
     known += ["certified.union"] if any(one.tool.deterministic and one.tool.norm == threat.norm for one in verifiers) else []
     if not known:
         raise UserError("a suite needs at least one [[attack]] or [[verifier]] that applies to each objective")

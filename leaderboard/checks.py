@@ -10,7 +10,7 @@ from leaderboard import row_checks
 from leaderboard.canonical import digest, sha256_file
 from leaderboard.errors import RecordError
 from leaderboard.record import Layers, Record, read, record_files
-from leaderboard.stats import metrics_of, number
+from leaderboard.stats import metrics_of, number, within_threat
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,8 +86,9 @@ def _metrics(record: Record, rows: pd.DataFrame) -> Iterator[str]:
         if here != there:
             yield f"metrics.{name} says {here}, but the verdict rows give {there}"
     worst = claimed["robust"].get("worst")
-    for label, share in claimed["robust"].items():
-        if worst is not None and worst["hits"] > share["hits"]:
+    for label in (one["label"] for one in record.document["cell"]["attacks"] if within_threat(record.document["cell"], one)):
+        share = claimed["robust"].get(label)
+        if worst is not None and share is not None and worst["hits"] > share["hits"]:
             yield f"robust.worst has {worst['hits']} hits, more than robust.{label} with {share['hits']}"
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
-from leaderboard.stats import asked, certified, is_smoothing, number, threat_verifiers
+from leaderboard.stats import asked, ball, breakers, certified, is_smoothing, number, threat_verifiers, within_threat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,12 +69,6 @@ def verifiers(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
         # Smoothing may prove a radius that is too small for the suite's question: open, with a radius.
         may_prove = ("proved", "open") if is_smoothing(verifier) else ("proved",)
         yield from where(rows, ~status.isin(may_prove) & (radius > 0), f"{label} has a radius without having proved it")
-
-
-def ball(cell: dict[str, Any], attack: dict[str, Any]) -> tuple[str, Fraction]:
-    """The (norm, eps) of an attack: its own, else the cell's threat's."""
-    threat = cell["threat"]
-    return attack.get("norm") or threat["norm"], Fraction(str(attack.get("eps") or threat["eps"]))
 
 
 def proofs_against_attacks(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
@@ -263,21 +257,13 @@ def verdicts(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _broken(cell: dict[str, Any], rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """(broken by some attack within the threat, broken by the attack that `by` names)."""
+    """(broken by some attack within the threat, broken by the one of them that `by` names)."""
     under_threat = named = rows["index"] != rows["index"]
-    norm, limit = cell["threat"]["norm"], Fraction(cell["threat"]["eps"])
-    for attack in breakers(cell, rows):
+    for attack in (one for one in breakers(cell, rows) if within_threat(cell, one)):
         hit = correct(rows) & ~rows[f"survived:{attack['label']}"]
         named = named | (hit & (rows["by"] == attack["label"]))
-        its_norm, eps = ball(cell, attack)
-        if its_norm == norm and eps <= limit:
-            under_threat = under_threat | hit
+        under_threat = under_threat | hit
     return under_threat, named
-
-
-def breakers(cell: dict[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """The attacks, and the verifiers that look for counterexamples of their own."""
-    return [*cell["attacks"], *(one for one in cell["verifiers"] if f"survived:{one['label']}" in rows)]
 
 
 def _proven(cell: dict[str, Any], rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

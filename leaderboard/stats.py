@@ -53,6 +53,23 @@ def threat_verifiers(cell: dict[str, Any]) -> list[dict[str, Any]]:
     return [v for v in cell["verifiers"] if not is_smoothing(v) and v["norm"] == cell["threat"]["norm"]]
 
 
+def ball(cell: dict[str, Any], attack: dict[str, Any]) -> tuple[str, Fraction]:
+    """The (norm, eps) of an attack: its own, else the cell's threat's."""
+    threat = cell["threat"]
+    return attack.get("norm") or threat["norm"], Fraction(str(attack.get("eps") or threat["eps"]))
+
+
+def within_threat(cell: dict[str, Any], attack: dict[str, Any]) -> bool:
+    """True if the attack stays in the cell's threat: its norm, and no larger eps."""
+    norm, eps = ball(cell, attack)
+    return bool(norm == cell["threat"]["norm"] and eps <= Fraction(cell["threat"]["eps"]))
+
+
+def breakers(cell: dict[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The attacks, and the verifiers that look for counterexamples of their own."""
+    return [*cell["attacks"], *(one for one in cell["verifiers"] if f"survived:{one['label']}" in rows)]
+
+
 def asked(rows: pd.DataFrame, label: str) -> pd.Series:
     """Which samples a verifier was asked about (its status is not "skipped")."""
     return rows[f"status:{label}"] != "skipped"
@@ -67,16 +84,17 @@ def certified(rows: pd.DataFrame, label: str, eps: Any) -> pd.Series:
 def outcome(cell: dict[str, Any], rows: pd.DataFrame, metric: str) -> pd.Series:
     """Whether each sample that counts is a hit for `metric`; a bool Series indexed by the image's number.
 
-    clean: predicted is the label. robust.L: still so on attack L's x_adv; robust.worst: on every attack's.
-    certified.L: among the samples L was asked about, radius at least L's eps. certified.union: radius at least the
-    threat's eps from one of the deterministic verifiers of the threat's norm. Raises KeyError for an unknown metric.
+    clean: predicted is the label. robust.L: still so on attack L's x_adv; robust.worst: on that of every attack within the
+    threat and on every counterexample that a verifier found there. certified.L: among the samples L was asked about, radius
+    at least L's eps. certified.union: radius at least the threat's eps from one of the deterministic verifiers of the
+    threat's norm. Raises KeyError for an unknown metric.
     """
     kind, _, label = metric.partition(".")
     counts = rows["index"].notna()
     if metric == "clean":
         hits = rows["predicted"] == rows["label"]
     elif kind == "robust":
-        labels = [a["label"] for a in cell["attacks"]] if label == WORST else [label]
+        labels = [one["label"] for one in breakers(cell, rows) if within_threat(cell, one)] if label == WORST else [label]
         hits = rows[[f"survived:{one}" for one in labels]].all(axis=1)
     elif metric == f"certified.{UNION}":
         labels = [v["label"] for v in threat_verifiers(cell)]
@@ -121,7 +139,8 @@ def metrics_of(cell: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
         raise ValueError(f"the labels {WORST!r} and {UNION!r} are taken by the metrics over all attacks and verifiers")
     if len(set(attacks)) < len(attacks) or len(verifiers) < len(cell["verifiers"]):
         raise ValueError(f"a label stands twice among {attacks} or {[v['label'] for v in cell['verifiers']]}")
-    robust = {label: _share(cell, rows, f"robust.{label}") for label in [*attacks, *([WORST] if attacks else [])]}
+    inside = any(within_threat(cell, a) for a in cell["attacks"])
+    robust = {label: _share(cell, rows, f"robust.{label}") for label in [*attacks, *([WORST] if inside else [])]}
     proven = {label: _share(cell, rows, f"certified.{label}") for label in verifiers}
     for label, verifier in verifiers.items():
         if is_smoothing(verifier):

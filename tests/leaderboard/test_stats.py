@@ -113,3 +113,16 @@ def test_outcomes_are_told_by_the_images_numbers() -> None:
     assert isinstance(hits, pd.Series)
     assert hits[102]
     assert not hits[104]
+
+
+def test_the_worst_case_counts_what_stays_within_the_threat_and_the_counterexamples_of_verifiers() -> None:
+    cell, rows = cell_of(), rows_of()
+    wider = {"name": "pgd", "label": "wide", "norm": "linf", "eps": "76/255"}
+    other = {"name": "pgd", "label": "l2", "norm": "l2", "eps": "1/10"}
+    for label in ("wide", "l2"):
+        rows[f"survived:{label}"], rows[f"distance:{label}"] = False, 0.2
+    outside = metrics_of({**cell, "attacks": [*cell["attacks"], wider, other]}, rows)["robust"]
+    assert outside["worst"] == {"hits": 14, "n": 20} and outside["wide"] == {"hits": 0, "n": 20}
+    assert "worst" not in metrics_of({**cell, "attacks": [wider, other]}, rows)["robust"]
+    rows["survived:crown"] = rows["index"] >= 3  # as `exact` does: its own counterexamples
+    assert metrics_of(cell, rows)["robust"]["worst"] == {"hits": 11, "n": 20}
