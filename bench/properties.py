@@ -158,7 +158,7 @@ class _Question:
         return verdict.status, None
 
     def _by_intervals(self, wide: Interval, narrow: Interval, one: _Rows, reason: Exception) -> tuple[str, Pair | None]:
-        """Interval bounds and descent, for networks that branch and bound does not know (max pooling)."""
+        """Interval bounds and descent, for networks that branch and bound does not know."""
         note = f"interval bounds only: {reason}"
         self.notes += [note] if note not in self.notes else []
         with torch.no_grad():

@@ -16,7 +16,7 @@ from .ball import float_above, outward_box
 from .bounds import difference_rows
 from .branching import Budget, OutOfBudgetError, Verdict
 from .interval import ibp_settled
-from .proof import BROKEN, OPEN, PROVED, Proof
+from .proof import BROKEN, OPEN, PROVED, Proof, UnsupportedNetworkError
 from .properties import limits, require_limits, settled
 from .rounding import full_precision, in_float64
 from .unrolled import Unrolled
@@ -65,6 +65,8 @@ class Exact:
             return _proof(self, x, predicted, [])
         cheap = ibp_settled(model, x, y, "linf", self.eps)
         double = in_float64(model).cpu().requires_grad_(False)
+        if double(x[:1].cpu().double()).shape[1] < 2:
+            raise UnsupportedNetworkError("the network has one output, and so no margin between classes")
         try:
             network = Unrolled(double, x.cpu().double(), limits(self.nodes, self.seconds and self.seconds * len(x)).pause)
         except OutOfBudgetError as limit:
@@ -133,8 +135,9 @@ def exact_radius(
     """Brackets [N], [N] (float64, rounded outwards) of the smallest linf distance at which each answer changes.
 
     At the first distance `verifier` (default Exact()) proved the sample; at the second there is a witness, inf where none was
-    found up to `upper`. Bisection stops at a bracket of `tolerance`, or when only open questions are left; both are in [0,1]
-    pixel units. A misclassified image has distance 0. Raises as Exact does, and ValueError for a tolerance that is not positive.
+    found up to `upper`. Bisection stops at a bracket of `tolerance`, or of neighbouring floats, or when only open questions are
+    left; both are in [0,1] pixel units. A misclassified image has distance 0. Raises as Exact does, and ValueError for a
+    tolerance that is not positive.
     """
     if tolerance <= 0 or upper <= 0:
         raise ValueError(f"exact_radius needs a positive tolerance and upper distance, got {tolerance} and {upper}")
@@ -159,9 +162,9 @@ def _bracket(model: nn.Module, x: Tensor, y: Tensor, upper: Fraction, tolerance:
         if proof.witness is not None and proof.status[0] == BROKEN:
             distance = _distance(proof.witness, x.cpu())
             unproved, found = min(unproved, distance), min(found, float_above(distance, torch.float64))
-        if unproved - proved <= tolerance or proved == upper:
-            return float_below(proved), found
         ask = Fraction(float(proved + unproved) / 2)
+        if unproved - proved <= tolerance or proved == upper or not proved < ask < unproved:  # no float lies between
+            return float_below(proved), found
 
 
 def _distance(witness: Tensor, x: Tensor) -> Fraction:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .ball import Interval, Region, region
 from .bounds import ibp_margins, smallest_margin
-from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof
+from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof, require_finite
 from .rounding import Settled, allowance_for, bounds_and_allowance, box_around, full_precision, in_float64, settle
 
 
@@ -39,6 +39,7 @@ def _allowance_around(model: nn.Module, ball: Region, x: Tensor, logits: Tensor)
     around = box_around(ball)
     boxes = Interval(torch.cat([around.lower, x]), torch.cat([around.upper, x]))
     bounds, allowed = bounds_and_allowance(model, boxes)
+    require_finite(x, logits)
     if not bool(((bounds.upper[1:] - logits).abs().amax(1) <= allowed[1:]).all()):
         raise UnsupportedNetworkError("the network's forward computes something else than its traced graph; build it anew")
     return allowed[:1]
@@ -60,9 +61,10 @@ class IBP:
     @full_precision()
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
         settled, predicted = ibp_settled(model, x, y, self.norm, self.eps), y.clone()
-        left = (~settled.proved).nonzero().flatten()  # a proven margin holds at x itself: y is predicted there
+        inside = (x.clamp(0, 1) == x).flatten(1).all(1)
+        left = (~(settled.proved & inside)).nonzero().flatten()  # elsewhere x lies in its box, where y was proven
         if len(left):
             predicted[left] = model(x[left]).argmax(1)
         return fixed_radius_proof(
-            float(self.eps), settled.proved, settled.margin, predicted, rechecked=int(settled.rechecked.sum())
+            float(self.eps), settled.proved & (predicted == y), settled.margin, predicted, rechecked=int(settled.rechecked.sum())
         )

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .graph import name_of, operation, trace
 from .normalise import Normalize
 from .pooling import calls_as_layers, pair, pair_of_output, plain_pool, pools_as_layers
-from .proof import SelfRefutedError, UnsupportedNetworkError
+from .proof import SelfRefutedError, UnsupportedNetworkError, require_finite
 from .rewrites import Editor, clips_as_relus, fold_batchnorms, make_plain, simplify
 
 CORE_LAYERS = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, nn.BatchNorm2d)
@@ -196,6 +196,7 @@ def _check_equal(model: nn.Module, lowered: Lowered, example: Tensor) -> None:
     pixels = torch.rand(7, *example.shape[1:], dtype=torch.float64, device=example.device, generator=generator)
     for x in (torch.cat([example.double(), pixels[:4]]), 40 * (pixels[4:] - 0.5)):
         want, got = original(x), network(lowered.move(x))
+        require_finite(x, want)
         scale = max(1.0, float(want.abs().max()))
         # a float32 network's folded weights were rounded to float32, so the two agree to that precision only
         share = 1e-5 if example.dtype == torch.float32 else 1e-9

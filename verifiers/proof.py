@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 PROVED, BROKEN, OPEN, ABSTAIN, TIMEOUT, ERROR = "proved", "broken", "open", "abstain", "timeout", "error"
@@ -36,6 +37,13 @@ class Proof:
     details: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rechecked: int = 0
+
+
+def require_finite(x: Tensor, logits: Tensor) -> None:
+    """Raises UnsupportedNetworkError where pixels or outputs are NaN or infinite: nothing can be said about them."""
+    for what, values in (("images have pixels", x), ("network has outputs", logits)):
+        if not bool(torch.isfinite(values).all()):
+            raise UnsupportedNetworkError(f"the {what} that are no finite numbers")
 
 
 def fixed_radius_proof(

@@ -83,7 +83,8 @@ def _other_layer(kind: type[nn.Module]) -> Callable[..., Tracked]:
         bounds = INTERVAL_RULES[kind](layer, x.bounds)
         error = x.error if kind in ELEMENTWISE else layer(x.error)
         terms = _window(layer, x.size) if kind in AVERAGES else 2
-        return _fresh(bounds, error, x.largest, layer(x.size), terms)
+        reached = torch.maximum(bounds.lower.abs(), bounds.upper.abs())  # a Hardtanh below 0 makes values larger, not smaller
+        return _fresh(bounds, error, x.largest, torch.maximum(layer(x.size), reached), terms)
 
     return rule
 

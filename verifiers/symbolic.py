@@ -26,7 +26,7 @@ from .lowering import simplified
 from .memory import batch_that_fits, in_batches
 from .normalise import Normalize
 from .pooling import pair
-from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof
+from .proof import Proof, UnsupportedNetworkError, fixed_radius_proof, require_finite
 from .rounding import SAFETY, SHARE, UNIT, Settled, full_precision, in_float64, settle
 
 BATCH = 128
@@ -412,5 +412,7 @@ def _require_same_function(model: nn.Module, plain: nn.Module, x: Tensor) -> Non
     points = Form(x, x.new_zeros(len(x), 0, *x.shape[1:]), ((0, 0),), x.abs(), x.abs().flatten(1).amax(1))
     out = walk(plain, points, SYMBOLIC_RULES)
     allowed = torch.maximum(SHARE[x.dtype] * out.largest, SAFETY * UNIT[x.dtype] * out.error.amax(1))
-    if not bool(((out.centre - model(x)).abs().amax(1) <= allowed).all()):
+    logits = model(x)
+    require_finite(x, logits)
+    if not bool(((out.centre - logits).abs().amax(1) <= allowed).all()):
         raise UnsupportedNetworkError("the network's forward computes something else than its traced graph; build it anew")

@@ -51,8 +51,7 @@ def test_no_point_of_the_ball_goes_below_the_margins_of_any_architecture(name: s
 def test_the_certificate_answers_for_every_architecture_within_its_allowance(name: str) -> None:
     net, x = randomised(thin(name), gain=1.0), images(2, SHAPE)
     y, ball = labels(net, x), region(x, "linf", Fraction(1, 10**7))
-    proof = IBP(eps=Fraction(1, 10**7))(net, x, y)
-    assert set(proof.status) <= {"proved", "open"}
+    assert IBP(eps=Fraction(1, 10**7))(net, x, y).predicted.tolist() == y.tolist()
     wide = Interval(ball.lower.double(), ball.upper.double())
     difference = (ibp_margins(net, ball, y).double() - ibp_margins(exact(net), wide, y)).abs().amax(1)
     assert (difference <= allowance(net, ball)).all()
@@ -71,5 +70,3 @@ def test_every_architecture_trains_on_its_bounds(name: str) -> None:
             assert parameter.grad is not None, key
             assert torch.isfinite(parameter.grad).all(), key
     assert model.training
-
-

@@ -271,3 +271,11 @@ def test_the_allowance_of_a_batch_is_never_below_a_samples_own_and_equal_where_i
     found = allowance_for(net, ball, margin)
     assert (found >= own * (1 - 1e-5)).all(), "kernels may round another batch size differently"
     torch.testing.assert_close(found[2:], own[2:])
+
+
+def test_the_running_error_grows_by_the_size_of_what_a_clip_below_zero_leaves() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Hardtanh(-50.0, -20.0)).eval()
+    box = region(torch.rand(2, 1, 2, 2), "linf", Fraction(1, 10))
+    start = Tracked(box, torch.zeros_like(box.upper), box.upper.flatten(1).amax(1))
+    before, after = (walk(part, start, ERROR_RULES).error for part in (net[:2], net))
+    assert (after >= before + 20).all()  # values of at least 20, rounded once

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.verifiers.small_nets import Forward, exact, images, labels, lowest_attacked, lowest_sampled, points_of_ball, randomised
-from verifiers import IBP, Crown, CrownIBP
+from verifiers import IBP, Crown, CrownIBP, Exact, SymbolicInterval
 from verifiers.ball import region
 from verifiers.bounds import ibp_logits
 from verifiers.normalise import Normalize
+from verifiers.proof import UnsupportedNetworkError
 from verifiers.rounding import allowance
 
 SHAPE = (2, 6, 6)
@@ -134,3 +137,23 @@ def test_an_empty_batch_has_an_empty_answer(verifier: type) -> None:
     net = randomised(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
     proof = verifier(eps=Fraction(1, 10))(net, images(0, SHAPE), torch.zeros(0, dtype=torch.int64))
     assert (proof.status, proof.margin.shape, proof.radius.shape) == ((), (0,), (0,))
+
+
+
+@pytest.mark.parametrize("verifier", [IBP, CrownIBP, Exact, SymbolicInterval])
+def test_a_wrong_answer_is_never_certified_even_where_pixels_lie_outside_of_the_unit_box(verifier: Any) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).eval()
+    net[1].weight.data, net[1].bias.data = torch.eye(2), torch.tensor([0.0, -0.5])
+    x, y = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2), torch.tensor([0])
+    assert net(x).argmax(1).tolist() == [1]  # cut to [0,1] it would be class 0 by far
+    proof = verifier(eps=Fraction(1, 100))(net, x, y)
+    assert proof.status == ("open",)
+    assert proof.predicted.tolist() == [1]
+
+
+@pytest.mark.parametrize("verifier", [IBP, CrownIBP, Exact, SymbolicInterval])
+def test_numbers_that_are_not_finite_are_called_so(verifier: Any) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).eval()
+    x = torch.tensor([[0.5, math.nan], [0.5, 0.5]]).view(2, 1, 1, 2)
+    with pytest.raises(UnsupportedNetworkError, match="no finite numbers"):
+        verifier(eps=Fraction(1, 100))(net, x, torch.zeros(2, dtype=torch.long))
