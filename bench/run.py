@@ -7,11 +7,12 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -26,14 +27,14 @@ from .errors import UserError
 from .evaluate import ContradictionError, Evaluation, evaluate
 from .factors import Stored, stored_forms, stored_state
 from .files import make_folder, write_json, write_whole
-from .models import build_model
+from .models import build_model, initialise_
 from .outside import own_data, own_training_data
 from .passport import stored_form
 from .phases import fit
 from .provenance import code_digest, provenance, source_digest
 from .selfcheck import stamp
 from .sparsity import budget_of, kept_of, layer_counts
-from .train import Training, derived_seed, nothing
+from .train import Epoch, Training, derived_seed, nothing
 from .witnesses import save_witnesses, witnesses
 
 SCHEMA = 1
@@ -56,6 +57,10 @@ class Folders:
     @property
     def phases(self) -> Path:
         return self.root / "phases"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves"
 
     @property
     def contradictions(self) -> Path:
@@ -138,7 +143,12 @@ def run_cell(
     folders.make()
     start = time.perf_counter()
     data = dataset(cell.data["name"], data_dir, device, cell.data.get("extra"))
-    model, stored = train_cell(cell, data, device, folders.phases, lambda share, what: report(0.85 * share, what))
+    epochs: list[tuple[Any, ...]] = []
+    model, stored = train_cell(
+        cell, data, device, folders.phases, lambda share, what: report(0.85 * share, what),
+        lambda phase, curve: epochs.extend((phase, *astuple(one)) for one in curve),
+    )
+    write_curve(make_folder(folders.curves) / f"{cell.id}.csv", epochs)
     trained = time.perf_counter()
     samples = chosen_samples(cell.samples, data.test)
     index = samples.index.tolist()
@@ -153,22 +163,30 @@ def run_cell(
 
 
 def train_cell(
-    cell: Cell, data: Dataset, device: torch.device, store: Path | None, report: Callable[[float, str], None] = nothing
+    cell: Cell, data: Dataset, device: torch.device, store: Path | None, report: Callable[[float, str], None] = nothing,
+    curve: Callable[[str, list[Epoch]], None] = nothing,
 ) -> tuple[nn.Module, dict[str, Stored]]:
     """(the cell's plain pruned network, in eval mode; what its method stored in place of weights)."""
     objective, method = build("objective", cell.objective), build("method", cell.method)
     images = data.train.first(cell.data["train"]) if "train" in cell.data else data.train
     training = Training(objective, images, cell.budget, cell.seed, cell.data["augment"])
-    model = build_model(cell.arch, data.shape, data.classes, seed=derived_seed(cell.seed, "initial weights")).to(device)
+    seed = derived_seed(cell.seed, "initial weights")
+    model = initialise_(build_model(cell.arch, data.shape, data.classes, seed=seed), cell.budget.init, seed).to(device)
     total, done = max(1, cell.budget.pretrain + cell.budget.prune + cell.budget.finetune), dict[str, int]()
 
     def progress(phase: str, epoch: int, epochs: int, loss: float) -> None:
         done[phase] = epoch
         report(min(1.0, sum(done.values()) / total), f"{phase} {epoch}/{epochs}")
 
-    state = fit(model, method, cell.density, training, store, progress)
+    state = fit(model, method, cell.density, training, store, progress, curve)
     card = Card(cell.arch, data.shape, data.classes, data.name)
     return network(state, card, Path(cell.id)).to(device), stored_forms(model)
+
+
+def write_curve(path: Path, epochs: list[tuple[Any, ...]]) -> None:
+    """A row per epoch of every phase: phase, epoch, mean loss, mean |gradient| over the parameters that the phase trained."""
+    table = pd.DataFrame(epochs, columns=["phase", *(one.name for one in fields(Epoch))])
+    write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
 def sparsity_of(
@@ -217,6 +235,7 @@ def write_record(
     """Weights and verdict rows first, the record last: a record on disk is a whole one."""
     sparsity, warnings = sparsity_of(model, cell, stored)
     warnings += [f"{data.name}: {data.note}"] if data.note else []
+    warnings += _own_loss(cell)
     weights, rows = folders.checkpoints / f"{cell.id}.safetensors", folders.records / f"{cell.id}.parquet"
     card = Card(cell.arch, data.shape, data.classes, data.name, facts={"cell": cell.id})
     save_checkpoint(weights, model.state_dict(), card)
@@ -251,6 +270,12 @@ def write_record(
         write_json(keep / f"{cell.id}-{before['digest'][:8]}.json", before)
     write_json(folders.record(cell), record)
     return record
+
+
+def _own_loss(cell: Cell) -> list[str]:
+    """The mark of a method that does not train with the cell's objective alone: it says which loss it fixes itself."""
+    fixed = getattr(build("method", cell.method), "fixes_loss", cell.objective["name"])
+    return [] if fixed == cell.objective["name"] else [f"{cell.method['name']} fixes a loss of its own: {fixed}"]
 
 
 def _write_stored(path: Path, model: nn.Module, stored: Mapping[str, Stored], card: Card) -> dict[str, str]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ class TrainingDivergedError(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a phase stands. `ramp` goes 0 to 1 over its first ramp_steps steps; eps schedules multiply by it.
+    """Where a phase stands. `ramp` is 0 for wait_steps steps, then goes to 1 over ramp_steps; eps schedules multiply by it.
 
     `epochs` counts the passes over the data that the steps make up.
     """
@@ -32,10 +32,12 @@ class Progress:
     steps: int
     ramp_steps: int = 0
     epochs: int = 1
+    wait_steps: int = 0
 
     @property
     def ramp(self) -> float:
-        return 1.0 if self.step >= self.ramp_steps else self.step / self.ramp_steps
+        begun = self.step - self.wait_steps
+        return 1.0 if begun >= self.ramp_steps else max(0, begun) / max(1, self.ramp_steps)
 
     @property
     def fraction(self) -> float:
@@ -48,7 +50,15 @@ class Progress:
     @property
     def ramp_epochs(self) -> int:
         """The ramp in whole epochs, for schedules that move once per epoch."""
-        return round(self.ramp_steps * self.epochs / max(1, self.steps))
+        return self._in_epochs(self.ramp_steps)
+
+    @property
+    def ramp_epoch(self) -> int:
+        """Whole epochs since the ramp began."""
+        return max(0, self.epoch - self._in_epochs(self.wait_steps))
+
+    def _in_epochs(self, steps: int) -> int:
+        return round(steps * self.epochs / max(1, self.steps))
 
 
 class Objective(Protocol):
@@ -96,18 +106,23 @@ def all_parameters(model: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training with one optimizer. `trains` names the parameters that move; all others stay bit-identical."""
+    """One stretch of training with one optimizer. `trains` names the parameters that move; all others stay bit-identical.
+
+    objective, data: None for the suite's own.
+    """
 
     name: str
     epochs: int
     lr: float
     ramp: float = 0.0
+    wait: float = 0.0
     trains: Callable[[nn.Module], set[str]] = all_parameters
     penalty: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
     after_backward: Callable[[Step], None] = nothing
     after_step: Callable[[Step], None] = nothing
     after_epoch: Callable[[Step], None] = nothing
-    objective: Objective | None = None  # None: the suite's
+    objective: Objective | None = None
+    data: Split | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -116,14 +131,18 @@ class Phase:
         return self.penalty is None and all(hook is nothing for hook in hooks)
 
 
-CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("cosine", "step", "one-cycle"), "precision": ("float32", "bf16")}
+CHOICES = {
+    "optimizer": ("sgd", "adam"), "schedule": ("cosine", "step", "one-cycle"), "precision": ("float32", "bf16"),
+    "init": ("torch", "kaiming", "ibp"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Budget:
     """Epochs, learning rates, optimizer and speed: the suite's, equal for all methods.
 
-    `ramp` is the share of pre-training that ramps eps. `schedule` is cosine (to 0), step (times lr_drop after each of the
+    `init` draws the first weights (`models.initialise_`). `ramp` is the share of pre-training over which eps grows, after the
+    share `wait` at eps 0. `schedule` is cosine (to 0), step (times lr_drop after each of the
     milestones, which are shares of a phase) or one-cycle (up for 30 %, then down; Smith & Topin 2019). Without decay_all,
     BatchNorm and biases have no weight decay. gradient_clip is the largest norm of a step's gradient, 0 for no limit. precision
     bf16 computes training in mixed precision, never a certificate; channels_last and compile change results by rounding only.
@@ -139,6 +158,8 @@ class Budget:
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    init: str = "torch"
+    wait: float = 0.0
     ramp: float = 0.6
     nesterov: bool = False
     decay_all: bool = True
@@ -154,8 +175,10 @@ class Budget:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {', '.join(known[:-1])} or {known[-1]}, got {getattr(self, name)!r}")
-        if min(self.pretrain, self.prune, self.finetune) < 0 or self.batch < 1 or not 0 <= self.ramp <= 1:
-            raise ValueError("a budget needs epochs >= 0, batch >= 1 and a ramp between 0 and 1")
+        if min(self.pretrain, self.prune, self.finetune) < 0 or self.batch < 1:
+            raise ValueError("a budget needs epochs >= 0 and batch >= 1")
+        if not (0 <= self.ramp <= 1 and 0 <= self.wait <= 1 and self.wait + self.ramp <= 1):
+            raise ValueError(f"wait and ramp are shares of the training, at most 1 together, got {self.wait} and {self.ramp}")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum <= 0):
             raise ValueError(f"nesterov needs sgd with momentum, got {self.optimizer} with momentum {self.momentum}")
         if not all(isinstance(share, int | float) and 0 < share < 1 for share in self.milestones):
@@ -198,10 +221,10 @@ class Training:
 
     def progress(self, phase: Phase, step: int) -> Progress:
         steps = self.passes(phase) * self.steps_per_epoch
-        return Progress(step, steps, round(phase.ramp * steps), self.passes(phase))
+        return Progress(step, steps, round(phase.ramp * steps), self.passes(phase), round(phase.wait * steps))
 
     def pretrain(self) -> Phase:
-        return Phase("pretrain", self.budget.pretrain, self.budget.lr, ramp=self.budget.ramp, objective=self.objective)
+        return self._from_scratch("pretrain", self.budget.pretrain)
 
     def prune(self, trains: Callable[[nn.Module], set[str]] = all_parameters) -> Phase:
         return Phase("prune", self.budget.prune, self.budget.prune_lr, trains=trains, objective=self.objective)
@@ -212,11 +235,16 @@ class Training:
     def train(self) -> Phase:
         """For methods that train from scratch: all epochs of the budget in one phase."""
         epochs = self.budget.pretrain + self.budget.prune + self.budget.finetune
-        return Phase("train", epochs, self.budget.lr, ramp=self.budget.ramp, objective=self.objective)
+        return self._from_scratch("train", epochs)
+
+    def _from_scratch(self, name: str, epochs: int) -> Phase:
+        budget = self.budget
+        return Phase(name, epochs, budget.lr, ramp=budget.ramp, wait=budget.wait, objective=self.objective)
 
     def of(self, phase: Phase) -> Training:
-        """The training that this phase runs under: with its own objective where it has one."""
-        return self if phase.objective is None else replace(self, objective=phase.objective)
+        """The training that this phase runs under: with its own objective and images where it has any."""
+        data = self.data if phase.data is None else phase.data
+        return replace(self, objective=phase.objective or self.objective, data=data)
 
 
 class PruningMethod(Protocol):
@@ -240,6 +268,15 @@ class Snapshots:
         """Called after every epoch; `state()` builds what `load()` must give back."""
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch was like: the mean loss of its steps, and the mean of |gradient| over their trained parameters' entries."""
+
+    epoch: int
+    loss: float
+    gradient: float
+
+
 @dataclass
 class _Run:
     """The moving parts of a phase under way, as one state that can be saved and restored."""
@@ -250,6 +287,7 @@ class _Run:
     order: torch.Generator
     epoch: int = 0
     perturbation: Tensor | None = None
+    curve: list[Epoch] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -262,6 +300,7 @@ class _Run:
             "noise_cuda": cuda,
             "epoch": self.epoch,
             "perturbation": self.perturbation,
+            "curve": [astuple(one) for one in self.curve],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -274,6 +313,7 @@ class _Run:
             torch.cuda.set_rng_state_all([one.cpu() for one in state["noise_cuda"]])
         self.epoch = state["epoch"]
         self.perturbation = state["perturbation"]
+        self.curve = [Epoch(*one) for one in state["curve"]]
 
     def carried(self, x: Tensor) -> Tensor:
         """The perturbation of this batch, as a leaf that takes a gradient."""
@@ -350,13 +390,13 @@ def run_phase(
     training: Training,
     snapshots: Snapshots | None = None,
     report: Callable[[str, int, int, float], None] = nothing,
-) -> None:
-    """Train `model` through one phase, in place; equal seeds give equal weights, interrupted or not.
+) -> list[Epoch]:
+    """Train `model` through one phase, in place; equal seeds give equal weights and an equal curve, interrupted or not.
 
     report(phase, epoch, epochs, mean loss) is called after every epoch. Raises TrainingDivergedError.
     """
     if phase.epochs == 0:
-        return
+        return []
     training = training.of(phase)
     snapshots, epochs = snapshots or Snapshots(), training.passes(phase)
     run = _start(model, phase, training)
@@ -365,8 +405,9 @@ def run_phase(
         run.restore(saved)
     with _compiled(model, training.budget.compile):
         while run.epoch < epochs:
-            loss = _epoch(run, phase, training)
+            loss, gradient = _epoch(run, phase, training)
             run.epoch += 1
+            run.curve.append(Epoch(run.epoch, loss, gradient))
             if not math.isfinite(loss):
                 raise TrainingDivergedError(
                     f"the loss is {loss} in epoch {run.epoch} of phase {phase.name!r}; lower its learning rate ({phase.lr})"
@@ -374,6 +415,7 @@ def run_phase(
             report(phase.name, run.epoch, epochs, loss)
             if run.epoch < epochs:
                 snapshots.save(run.state)
+    return run.curve
 
 
 def _fill_cache(model: nn.Module) -> None:
@@ -384,25 +426,27 @@ def _fill_cache(model: nn.Module) -> None:
                 getattr(module, str(name))
 
 
-def _epoch(run: _Run, phase: Phase, training: Training) -> float:
-    """One pass over the data; returns the mean loss (the only synchronisation with the device)."""
+def _epoch(run: _Run, phase: Phase, training: Training) -> tuple[float, float]:
+    """One pass over the data; returns the mean loss and gradient magnitude (the only synchronisation with the device)."""
     run.model.train()
     if getattr(training.objective, "renewed", False):
         run.perturbation = None
     step = run.epoch * training.steps_per_epoch
     total: Tensor | float = 0.0
+    gradients: Tensor | float = 0.0
     for x, y in training.batches(run.order):
         if training.budget.channels_last:
             x = x.to(memory_format=torch.channels_last)
         for _ in range(training.replays):
-            total = total + _step(run, phase, training, x, y, training.progress(phase, step))
+            loss, gradient = _step(run, phase, training, x, y, training.progress(phase, step))
+            total, gradients = total + loss, gradients + gradient
             step += 1
     phase.after_epoch(Step(run.model, run.optimizer, training.progress(phase, step)))
-    return float(total) / training.steps_per_epoch
+    return float(total) / training.steps_per_epoch, float(gradients) / training.steps_per_epoch
 
 
-def _step(run: _Run, phase: Phase, training: Training, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
-    """One optimizer step, and one of the perturbation where the objective carries one; returns the loss."""
+def _step(run: _Run, phase: Phase, training: Training, x: Tensor, y: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+    """One optimizer step, and one of the perturbation where the objective carries one; returns loss and gradient magnitude."""
     model, optimizer, objective = run.model, run.optimizer, training.objective
     optimizer.zero_grad(set_to_none=True)
     carried = run.carried(x) if hasattr(objective, "moved") else None
@@ -418,6 +462,7 @@ def _step(run: _Run, phase: Phase, training: Training, x: Tensor, y: Tensor, pro
         assert run.perturbation is not None
         assert carried.grad is not None
         run.perturbation[: len(x)] = objective.moved(carried.detach(), carried.grad)  # type: ignore[attr-defined]
+    gradient = _magnitude(model)
     now = Step(model, optimizer, progress)
     phase.after_backward(now)
     if training.budget.gradient_clip:
@@ -425,7 +470,14 @@ def _step(run: _Run, phase: Phase, training: Training, x: Tensor, y: Tensor, pro
     optimizer.step()
     run.schedule.step()
     phase.after_step(now)
-    return loss.detach()
+    return loss.detach(), gradient
+
+
+def _magnitude(model: nn.Module) -> Tensor:
+    """The mean of |gradient| over the entries of all parameters that have one, before any hook has touched it."""
+    found = [one.grad for one in model.parameters() if one.grad is not None]
+    total = torch.stack([gradient.abs().sum() for gradient in found]).sum() if found else torch.zeros(())
+    return total / max(1, sum(gradient.numel() for gradient in found))
 
 
 def _mixed(device: torch.device, budget: Budget) -> torch.autocast:

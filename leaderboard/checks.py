@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leaderboard import row_checks
 from leaderboard.canonical import digest, sha256_file
 from leaderboard.errors import RecordError
-from leaderboard.record import Layers, Record, read, record_files
+from leaderboard.record import Bits, Layers, Record, read, record_files
 from leaderboard.stats import metrics_of, number, within_threat
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def check(record: Record, folder: str | Path) -> list[str]:
     """Every problem found with a record in the `records` folder it lies in, one sentence each; empty where it holds.
 
     Digest, evidence digests, metrics derived again, verdict rows (see `row_checks`), and, where the weights files are
-    present, their non-zeros counted again: those of the plain weights and those of the stored form.
+    present, their non-zeros counted again: those of the plain weights and those of the stored form, whose bits are, too.
     """
     folder = Path(folder)
     problems = [*_digest(record), *_sparsity(record), *_weights(record, folder)]
@@ -137,9 +138,12 @@ def _weights(record: Record, folder: Path) -> Iterator[str]:
     path = yield from _present(evidence.weights, evidence.weights_sha256, "weights", folder)
     if path is not None:
         yield from _recount(path, plain, _plain)
-    path = yield from _present(evidence.stored, evidence.stored_sha256, "stored", folder)
-    if path is not None:
-        yield from _recount(path, block.layers, _stored)
+    if evidence.stored is not None:
+        path = yield from _present(evidence.stored, evidence.stored_sha256, "stored", folder)
+        if path is not None:
+            yield from _recount(path, block.layers, _stored)
+    if path is not None and block.bits is not None:
+        yield from _recount(path, block.layers, partial(_size, bits=block.bits))
 
 
 def _present(name: str | None, recorded: str | None, what: str, folder: Path) -> Generator[str, None, Path | None]:
@@ -191,3 +195,51 @@ def _stored(tensors: Any, layers: Layers, where: str) -> Iterator[str]:
         own = [name for name in counted if f"{name}.".startswith(f"{layer}.weight.")]
         if (found := sum(int(np.count_nonzero(tensors.get_tensor(name))) for name in own)) != kept:
             yield f"{where} stores {layer}.weight in {found} non-zeros, but sparsity.layers says {kept}"
+
+
+def _size(tensors: Any, layers: Layers, where: str, bits: Bits) -> Iterator[str]:
+    """Both sizes by their definition: every factor or coded tensor of a layer is one of its own."""
+    try:
+        values = [value for layer in layers for value in _values(tensors, f"{layer}.weight")]
+        paper = sum(_payload(value) for value in values)
+        csr = paper + sum(_positions(value) for value in values)
+    except IndexError:
+        yield f"{where} holds a code that is not in its book"
+        return
+    if (paper, csr) != (bits.paper, bits.csr):
+        yield f"{where} takes {paper} bits, {csr} with positions, but sparsity.bits says {bits.paper} and {bits.csr}"
+
+
+def _values(tensors: Any, weight: str) -> Iterator[Any]:
+    """What is stored of a weight: itself, or each of its factors; codes are looked up in their book."""
+    import numpy as np
+
+    names = set(tensors.keys())
+    for name in sorted(names):
+        if not f"{name}.".startswith(f"{weight}.") or name.endswith((".book", ".mask")):
+            continue
+        stored, own = tensors.get_tensor(name), name.removesuffix(".codes")
+        if own == name:
+            yield stored
+        elif f"{own}.mask" in names:
+            yield np.where(tensors.get_tensor(f"{own}.mask") != 0, tensors.get_tensor(f"{own}.book")[stored], 0)
+        else:
+            yield np.append(np.zeros(1, np.float32), tensors.get_tensor(f"{own}.book"))[stored]
+
+
+def _payload(values: Any) -> int:
+    """Bits of the non-zeros, positions free (Gui et al. 2019): codes and their book where these pay, else 32 each."""
+    import numpy as np
+
+    nnz, distinct = int(np.count_nonzero(values)), len(np.unique(values[values != 0]))
+    code = (distinct - 1).bit_length() if distinct else 0
+    booked, plain = nnz * code + 32 * distinct, 32 * nnz
+    return booked if 2**code < nnz and (distinct <= 256 or booked < plain) else plain
+
+
+def _positions(values: Any) -> int:
+    """ceil(log2 g) bits for each non-zero, g the largest step from one to the next in reading order."""
+    import numpy as np
+
+    places = np.flatnonzero(values)
+    return len(places) * (int(np.diff(places, prepend=-1).max()) - 1).bit_length() if len(places) else 0

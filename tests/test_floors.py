@@ -31,7 +31,7 @@ models                                     : errors | verifiers
 data                                       : errors files readers imagenet published
 train                                      : data
 objectives                                 : train | attacks verifiers
-methods                                    : factors sparsity train
+methods                                    : factors sparsity train | attacks verifiers
 build                                      : errors methods objectives | attacks verifiers
 cells                                      : errors threat data models train build | leaderboard
 phases                                     : files provenance sparsity train
@@ -57,7 +57,7 @@ export                                     : errors data files onnx_files vnnlib
 question: build cells checkpoints data errors factors onnx_files outside provenance radii run threat | leaderboard
 answer       : build cells question radii sparsity
 certify      : answer build cells curve evaluate export files health onnx_files outside passport question report train | leaderboard
-claims       : build cells question checkpoints data errors outside provenance run threat witnesses | leaderboard
+claims : build cells certify checkpoints curve data errors evaluate health outside provenance question run threat witnesses | leaderboard
 replay       : cells checkpoints claims errors evaluate threat | attacks verifiers
 workers      : files cells evaluate run
 screen       : workers

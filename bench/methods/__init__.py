@@ -8,13 +8,15 @@ from .atmc import ATMC, ATMC8
 from .channel import ChannelPruning
 from .dense import Dense
 from .dnr import DNR
-from .flying_bird import FlyingBird
+from .flying_bird import FlyingBird, FlyingBirdPlus
 from .harp import HARP
 from .hydra import HYDRA
 from .lottery import IMP
 from .low_rank import ALR
 from .lwm import LWM
+from .mad import MAD
 from .nap import AP, NAP
+from .nrs_loss import NRSLoss
 from .pwoa import PwoA
 from .quantised import Uniform8Bit
 from .random_pruning import RandomPruning
@@ -43,12 +45,16 @@ METHODS: dict[str, type] = {
     "channel": ChannelPruning,
     "harp": HARP,
     "flyingbird": FlyingBird,
+    "flyingbird+": FlyingBirdPlus,
     "twinrep": TwinRep,
     "dnr": DNR,
     "pwoa": PwoA,
+    "mad": MAD,
+    "nrsloss": NRSLoss,
 }
 
 __all__ = [
-    "ADMM", "AL0", "ALR", "AP", "ATMC", "ATMC8", "DNR", "HARP", "HYDRA", "IMP", "LWM", "METHODS", "NAP", "SNIP", "STR",
-    "ChannelPruning", "Dense", "FlyingBird", "PwoA", "RandomPruning", "RigL", "TwinRep", "Uniform8Bit",
+    "ADMM", "AL0", "ALR", "AP", "ATMC", "ATMC8", "DNR", "HARP", "HYDRA", "IMP", "LWM", "MAD", "METHODS", "NAP", "SNIP", "STR",
+    "ChannelPruning", "Dense", "FlyingBird", "FlyingBirdPlus", "NRSLoss", "PwoA", "RandomPruning", "RigL", "TwinRep",
+    "Uniform8Bit",
 ]  # fmt: skip

@@ -68,7 +68,15 @@ def forget_(optimizer: torch.optim.Optimizer, weight: nn.Parameter, where: Tenso
             value.masked_fill_(where, 0.0)
 
 
-def rewiring(share: Callable[[Progress], float]) -> Callable[[Step], None]:
+def evenly(step: Step, part: OpenMask, share: float) -> tuple[int, int]:
+    """(how many weights a layer drops, how many it grows): its share of both."""
+    moved = floor(share * int(part.mask.sum()))
+    return moved, moved
+
+
+def rewiring(
+    share: Callable[[Progress], float], moves: Callable[[Step, OpenMask, float], tuple[int, int]] = evenly
+) -> Callable[[Step], None]:
     """A hook after the backward pass: masked weights get no gradient, and share(progress) of each layer is rewired.
 
     New connections are those of the largest dense gradient. Where the share is above 0, rewiring takes the place of the step.
@@ -80,8 +88,7 @@ def rewiring(share: Callable[[Progress], float]) -> Callable[[Step], None]:
             if weight.grad is None:
                 continue
             if fraction > 0:
-                moved = floor(fraction * int(part.mask.sum()))
-                new = drop_and_grow_(part, weight, moved, moved, weight.grad.abs())
+                new = drop_and_grow_(part, weight, *moves(step, part, fraction), weight.grad.abs())
                 forget_(step.optimizer, weight, new | (part.mask == 0))
             weight.grad.mul_(part.mask)
         if fraction > 0:

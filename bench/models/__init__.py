@@ -5,6 +5,7 @@ No maintained library that does without torchvision has these networks, so all a
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -82,6 +83,25 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(first | layers(shape, classes))
+
+
+def initialise_(model: nn.Sequential, rule: str, seed: int) -> nn.Sequential:
+    """The model with the weights of its convolutions and linear layers drawn anew from `seed`; their biases become 0.
+
+    torch: nothing changes. kaiming: N(0, 2 / fan_in), which keeps the size of a ReLU network's values (He et al. 2015, arXiv
+    1502.01852). ibp: N(0, 2 pi / fan_in^2), which keeps the size of interval bounds instead (Shi et al. 2021, arXiv 2103.17268).
+    """
+    if rule == "torch":
+        return model
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                fan_in = layer.weight[0].numel()
+                layer.weight.normal_(0.0, math.sqrt(2 / fan_in) if rule == "kaiming" else math.sqrt(2 * math.pi) / fan_in)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+    return model
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> Normalize:

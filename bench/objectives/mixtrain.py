@@ -60,9 +60,9 @@ class MixTrain:
 
     def radius(self, progress: Progress) -> float:
         """eps of the epoch: in proportion to the epoch during the ramp, then full."""
-        return float(self.eps) * min(1.0, progress.epoch / max(1, progress.ramp_epochs) if progress.ramp_epochs else 1.0)
+        return float(self.eps) * min(1.0, progress.ramp_epoch / progress.ramp_epochs if progress.ramp_epochs else progress.ramp)
 
     def bound_weight(self, progress: Progress) -> float:
         """iw(e) = min(weight * growth^floor(max(e - L, 0) / 5), largest)."""
-        grown = max(progress.epoch - progress.ramp_epochs, 0) // self.EPOCHS_TO_GROW
+        grown = max(progress.ramp_epoch - progress.ramp_epochs, 0) // self.EPOCHS_TO_GROW
         return float(min(self.weight * self.growth**grown, self.largest))

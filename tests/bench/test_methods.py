@@ -41,9 +41,12 @@ PHASES = {
     "channel": ["pretrain", "finetune"],
     "harp": ["pretrain", "prune", "finetune"],
     "flyingbird": ["train"],
+    "flyingbird+": ["train"],
     "twinrep": ["train"],
     "dnr": ["train"],
     "pwoa": ["pretrain", "admm", "finetune"],
+    "mad": ["pretrain", "finetune"],
+    "nrsloss": [*(f"round-{at}" for at in range(1, 12)), "train"],
 }
 SUPPORT_MOVES = {"al0", "twinrep", "dnr", "alr", "atmc", "atmc-8bit", "uniform-8bit"}  # in the last phase, with three epochs
 RANK_ONE = Fraction(112, 1108)  # of every layer takes 13 + 80 + 19 entries, more than a tenth

@@ -15,11 +15,13 @@ from attacks import PGD
 from bench.cells import read_suite
 from bench.commands.listing import catalogue
 from bench.errors import UserError
-from bench.models import ARCHITECTURES, PLAIN, build_model
+from bench.models import ARCHITECTURES, PLAIN, build_model, initialise_
 from bench.models.mobilenet import InvertedResidual
 from bench.models.resnet import BasicBlock, Bottleneck
 from bench.models.wide_resnet import PreActivation
 from bench.sparsity import kept_of, prunable
+from verifiers.ball import region
+from verifiers.bounds import ibp_margins
 from verifiers.graph import trace
 from verifiers.normalise import Normalize
 
@@ -414,3 +416,27 @@ def test_building_a_model_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     build_model("mlp", (1, 8, 8), 10, seed=5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rule", ["kaiming", "ibp"])
+def test_an_initialisation_has_its_variance_and_comes_from_its_seed_alone(rule: str) -> None:
+    before = torch.get_rng_state()
+    model, other, again = (initialise_(build_model("cnn_large", GREY, 10, seed=seed), rule, seed) for seed in (1, 2, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, layer in prunable(model).items():
+        fan_in = layer.weight[0].numel()
+        wanted = {"kaiming": (2 / fan_in) ** 0.5, "ibp": (2 * torch.pi) ** 0.5 / fan_in}[rule]
+        assert float(layer.weight.detach().std()) == pytest.approx(wanted, rel=5 / layer.weight.numel() ** 0.5)
+        assert not layer.bias.any()
+        assert torch.equal(layer.weight, again.get_submodule(name).weight)
+        assert not torch.equal(layer.weight, other.get_submodule(name).weight)
+
+
+def test_bounds_keep_their_size_under_the_initialisation_made_for_them_and_explode_without() -> None:
+    x, y = torch.rand(8, *GREY, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.long)
+    width = {}
+    for rule in ("torch", "ibp"):
+        model = initialise_(build_model("cnn_large", GREY, 10), rule, 0).eval()
+        width[rule] = -float(ibp_margins(model, region(x, "linf", Fraction(1, 10)), y).detach().mean())
+    assert width["torch"] > 1000
+    assert width["ibp"] < 1

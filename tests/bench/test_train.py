@@ -133,9 +133,11 @@ def test_a_derived_seed_is_63_bits_of_a_sha256_and_differs_by_purpose() -> None:
     [
         (Progress(0, 10, 4), 0.0), (Progress(1, 10, 4), 0.25), (Progress(3, 10, 4), 0.75), (Progress(4, 10, 4), 1.0),
         (Progress(9, 10, 4), 1.0), (Progress(0, 10, 0), 1.0), (Progress(0, 10), 1.0), (Progress(9, 10, 10), 0.9),
+        (Progress(2, 10, 4, 1, 2), 0.0), (Progress(3, 10, 4, 1, 2), 0.25), (Progress(6, 10, 4, 1, 2), 1.0),
+        (Progress(1, 10, 0, 1, 2), 0.0), (Progress(2, 10, 0, 1, 2), 1.0),
     ],
 )  # fmt: skip
-def test_the_ramp_goes_from_0_to_1_over_its_own_steps_and_stays(progress: Progress, ramp: float) -> None:
+def test_the_ramp_waits_then_goes_from_0_to_1_over_its_own_steps_and_stays(progress: Progress, ramp: float) -> None:
     assert progress.ramp == ramp
 
 
@@ -146,19 +148,22 @@ def test_the_fraction_of_a_phase_starts_at_0_and_an_empty_phase_divides_by_nothi
 
 def test_steps_count_through_the_epochs_and_the_ramp_is_a_share_of_the_phase(net_of: Net, training_of: Trainings) -> None:
     watching = Watching(Benign())
-    run_phase(net_of(), Phase("pretrain", 4, 0.1, ramp=0.5), training_of(watching))  # 40 images in batches of 16
-    assert watching.progress == [Progress(step, 12, 6, 4) for step in range(12)]
+    run_phase(net_of(), Phase("pretrain", 4, 0.1, ramp=0.5, wait=0.25), training_of(watching))  # 40 images in batches of 16
+    assert watching.progress == [Progress(step, 12, 6, 4, 3) for step in range(12)]
+    assert [one.ramp_epoch for one in watching.progress[::3]] == [0, 0, 1, 2]
     assert [one.epoch for one in watching.progress] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert watching.progress[0].ramp_epochs == 2
 
 
 def test_phases_take_the_suites_budget(training_of: Trainings) -> None:
     training = training_of(
-        pretrain=5, prune=3, finetune=4, lr=0.1, prune_lr=0.2, finetune_lr=0.3, ramp=0.25
+        pretrain=5, prune=3, finetune=4, lr=0.1, prune_lr=0.2, finetune_lr=0.3, ramp=0.25, wait=0.5
     )
-    found = [(p.name, p.epochs, p.lr, p.ramp) for p in (training.pretrain(), training.prune(), training.finetune())]
-    assert found == [("pretrain", 5, 0.1, 0.25), ("prune", 3, 0.2, 0.0), ("finetune", 4, 0.3, 0.0)]
-    assert (training.train().epochs, training.train().lr, training.train().ramp) == (12, 0.1, 0.25)
+    phases = (training.pretrain(), training.prune(), training.finetune(), training.train())
+    assert [(p.name, p.epochs, p.lr, p.wait, p.ramp) for p in phases] == [
+        ("pretrain", 5, 0.1, 0.5, 0.25), ("prune", 3, 0.2, 0.0, 0.0), ("finetune", 4, 0.3, 0.0, 0.0),
+        ("train", 12, 0.1, 0.5, 0.25),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,8 @@ def test_phases_take_the_suites_budget(training_of: Trainings) -> None:
         ({"schedule": "linear"}, "schedule is cosine, step or one-cycle, got 'linear'"),
         ({"precision": "fp16"}, "precision is float32 or bf16, got 'fp16'"),
         ({"prune": -1}, "a budget needs"), ({"batch": 0}, "a budget needs"),
-        ({"ramp": 1.5}, "a budget needs"), ({"ramp": -0.1}, "a budget needs"),
+        ({"ramp": 1.5}, "at most 1"), ({"ramp": -0.1}, "at most 1"), ({"ramp": 0.6, "wait": 0.5}, "at most 1"),
+        ({"init": "zeros"}, "init is torch, kaiming or ibp, got 'zeros'"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov needs sgd with momentum"),
         ({"nesterov": True, "optimizer": "adam"}, "nesterov needs sgd with momentum"),
         ({"milestones": (0.5, 1.5)}, "milestones are shares"), ({"milestones": ("half",)}, "milestones are shares"),

@@ -203,6 +203,51 @@ def test_layers_that_do_not_sum_up_are_named(run: Run) -> None:
     ]
 
 
+# conv1 is the identity: a book of one value, and four positions at most 5 apart, 3 bits each; fc is all ones and needs neither
+BITS = {"dense": 32 * 24, "plain": 32 * 12, "paper": 32 + 32, "csr": 64 + 4 * 3, "ratio": {"paper": 64 / 768, "csr": 76 / 768}}
+
+
+def test_sizes_in_bits_are_counted_again(run: Run) -> None:
+    def honest(document: dict[str, Any]) -> None:
+        document["sparsity"]["bits"] = BITS
+
+    def smaller(document: dict[str, Any]) -> None:
+        document["sparsity"]["bits"] = {**BITS, "paper": 32, "ratio": {**BITS["ratio"], "paper": 32 / 768}}  # type: ignore[dict-item]
+
+    record = run.edit(run.add(), honest)
+    assert check(record, run.records) == []
+    (problem,) = check(run.edit(record, smaller), run.records)
+    assert problem.endswith("takes 64 bits, 76 with positions, but sparsity.bits says 32 and 76")
+
+
+@pytest.mark.parametrize(
+    "stored, kept, paper, csr",
+    [
+        ({"codes": [0, 1, 0, 2], "book": [0.5, 0.25]}, 2, 64, 66),  # two values of two: no book; steps of 2
+        ({"codes": [0, 1, 0, 1], "book": [0.5, 0.25], "mask": [1, 1, 0, 1]}, 3, 67, 70),  # code 0 is a value; 3 codes, 2 values
+        ({"codes": [0, 1, 0, 3], "book": [0.5, 0.25]}, 2, 0, 0),
+    ],
+)
+def test_the_bits_of_codes_are_those_of_the_values_they_stand_for(
+    run: Run, stored: dict[str, list[float]], kept: int, paper: int, csr: int
+) -> None:
+    kinds = {"codes": np.uint8, "book": np.float32, "mask": np.uint8}
+    path = run.root / "checkpoints" / "codes.safetensors"
+    save_file({f"fc.weight.{part}": np.array(values, kinds[part]) for part, values in stored.items()}, path)
+
+    def stores(document: dict[str, Any]) -> None:
+        block = document["sparsity"]
+        block["layers"], block["kept"] = {"conv1": [0, 16], "fc": [kept, 8]}, kept
+        block["merged"] = {"kept": 12, "layers": {"conv1": [4, 16], "fc": [8, 8]}}
+        ratio = {"paper": paper / 768, "csr": csr / 768}
+        block["bits"] = {"dense": 768, "plain": 32 * kept, "paper": paper, "csr": csr, "ratio": ratio}
+        document["evidence"] |= {"stored": f"../checkpoints/{path.name}", "stored_sha256": sha256_file(path)}
+
+    outside = stored["codes"][3] > len(stored["book"])
+    expected = [f"{path.name} holds a code that is not in its book"] if outside else []
+    assert check(run.edit(run.add(), stores), run.records) == expected
+
+
 def test_weights_are_not_looked_for_outside_the_run(run: Run) -> None:
     def outside(document: dict[str, Any]) -> None:
         document["evidence"]["weights"] = "../../elsewhere.safetensors"
