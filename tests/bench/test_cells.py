@@ -81,12 +81,12 @@ objectives = ["stability"]
 # To renew after a deliberate change of the format, paste what this prints (GOLDEN.toml holds TEXT):
 #   python -c "from bench.cells import read_suite; print(*[c.id for c in read_suite('GOLDEN.toml').cells][:6], sep='\n')"
 GOLDEN = [
-    "try@3-cnn_small-dense-pgd-d1-s0-754aca19",
-    "try@3-cnn_small-hydra-pgd-d0.1-s0-7dbef07b",
-    "try@3-cnn_small-hydra-pgd-d0.05-s0-3a3b0f3d",
-    "try@3-cnn_small-dense-pgd-d1-s1-4ff6fef5",
-    "try@3-cnn_small-hydra-pgd-d0.1-s1-ea0be856",
-    "try@3-cnn_small-hydra-pgd-d0.05-s1-2b217b14",
+    "try@3-cnn_small-dense-pgd-d1-s0-3ab5efc3",
+    "try@3-cnn_small-hydra-pgd-d0.1-s0-b34639dd",
+    "try@3-cnn_small-hydra-pgd-d0.05-s0-206d5e69",
+    "try@3-cnn_small-dense-pgd-d1-s1-d6365c2d",
+    "try@3-cnn_small-hydra-pgd-d0.1-s1-82a734e2",
+    "try@3-cnn_small-hydra-pgd-d0.05-s1-5556bcf5",
 ]
 
 Read = Callable[..., Suite]
@@ -270,7 +270,9 @@ def test_a_fingerprint_changes_with_every_field_of_a_cell(read: Read, name: str)
 @pytest.mark.parametrize("one", fields(Budget), ids=lambda one: one.name)
 def test_a_fingerprint_changes_with_every_number_of_the_budget(read: Read, one: Any) -> None:
     cell = cell_of(read(), "pgd")
-    words = {"optimizer": "adam", "ramp": 0.25, "schedule": "step", "milestones": (0.25,), "precision": "bf16"}
+    words = {
+        "optimizer": "adam", "ramp": 0.25, "wait": 0.1, "init": "ibp", "schedule": "step", "milestones": (0.25,), "precision": "bf16"
+    }  # fmt: skip
     value = words.get(one.name) or getattr(cell.budget, one.name) + 1
     assert replace(cell, budget=replace(cell.budget, **{one.name: value})).fingerprint != cell.fingerprint
 
