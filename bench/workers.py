@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,12 +74,21 @@ def _serve(pipe: Connection, job: Job) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
             name = pipe.recv()
             pipe.send(("outcome", do_cell(job, name, lambda share, what: pipe.send(("moved", (share, what))))))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         os._exit(0)  # the parent is gone or has closed: nothing here is worth keeping
+
+
+def _end_with_parent() -> None:
+    """A killed suite leaves no worker behind, however long the worker would not have reported."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(0)
 
 
 @dataclass

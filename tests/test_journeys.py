@@ -138,14 +138,33 @@ def test_a_suite_killed_again_and_again_ends_with_bit_identical_records(tiny: Pa
     assert not list(killed.rglob("*.part"))
 
 
-def test_workers_stop_when_their_parent_is_killed(tiny: Path, tmp_path: Path) -> None:
+ASLEEP = '''
+import os, pathlib, time
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Asleep:
+    """Never reports anything."""
+
+    scope = "per layer"
+
+    def __call__(self, model, density, training):
+        pathlib.Path(os.environ["SPARSECERT_TEST_MARK"], "asleep").touch()
+        time.sleep(600)
+        yield training.pretrain()
+'''
+
+
+def test_workers_stop_when_their_parent_is_killed_even_where_they_have_nothing_to_report(tiny: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SPARSECERT_TEST_MARK": str(tmp_path)}
-    text = tiny.read_text().replace("pretrain = 2", "pretrain = 400")
-    tiny.write_text(text)
-    run = subprocess.Popen(command("run", tiny, "--out", tmp_path / "o", "--workers", "1", "--json"), env=env,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "o").rglob("*.lock")) and time.monotonic() < deadline:
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    shipped = '[[method]]\nname = "dense"\n[[method]]\nname = "lwm"\n[[method]]\nname = "hydra"\n'
+    assert shipped in TINY
+    tiny.write_text(TINY.replace(shipped, f'[[method]]\nname = "{tmp_path / "asleep.py"}:Asleep"\n'))
+    words = command("run", tiny, "--out", tmp_path / "o", "--workers", "1", "--json")
+    run = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not (tmp_path / "asleep").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _marked(str(tmp_path)) > 1
     run.kill()
