@@ -61,13 +61,16 @@ def _certified(rows: pd.DataFrame, one: Assignment) -> int:
 
 
 def rows_of(rows: pd.DataFrame, verifiers: Sequence[Assignment]) -> list[dict[str, Any]]:
-    """One JSON row per sample in input order: the best radius and margin, and each verifier's own under its label."""
+    """One JSON row per sample in input order: the best radius and margin, and each verifier's own under its label.
+
+    The radius is about the classifier that the verdict is about: the network wherever a deterministic verifier was asked.
+    """
     found = []
     for row in rows.to_dict("records"):
         one = {key: row[key] for key in ("index", "label", "predicted", "verdict", "by")}
         one["seconds"] = round(row["seconds"], 6)
         each = {verifier.label: _row_of(row, verifier) for verifier in asked(verifiers)}
-        one["radius"] = max((facts["radius"] for facts in each.values()), default=0.0)
+        one["radius"] = max((each[verifier.label]["radius"] for verifier in _speakers(verifiers)), default=0.0)
         margins = [facts["margin"] for facts in each.values() if facts["margin"] is not None]
         one["margin"] = max(margins, default=None)
         if len(each) == 1:
@@ -78,10 +81,15 @@ def rows_of(rows: pd.DataFrame, verifiers: Sequence[Assignment]) -> list[dict[st
     return found
 
 
+def _speakers(verifiers: Sequence[Assignment]) -> list[Assignment]:
+    """The verifiers that the verdict is made from: the deterministic ones, or smoothing where nothing else was asked."""
+    deterministic = [one for one in asked(verifiers) if one.tool.deterministic]
+    return deterministic or asked(verifiers)
+
+
 def _row_of(row: dict[str, Any], verifier: Assignment) -> dict[str, Any]:
     label = verifier.label
-    margin = row[f"margin:{label}"]
-    facts = {"status": row[f"status:{label}"], "radius": row[f"radius:{label}"], "margin": None if math.isnan(margin) else margin}
+    facts = {"status": row[f"status:{label}"], "radius": row[f"radius:{label}"], "margin": _finite(row[f"margin:{label}"])}
     if not verifier.tool.deterministic:
         tool = verifier.tool
         facts |= {"predicted": row[f"predicted:{label}"], "hits": row[f"hits:{label}"], "n": row[f"n:{label}"]}

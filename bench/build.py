@@ -27,7 +27,7 @@ from .objectives import OBJECTIVES
 CATALOGUES: dict[str, Mapping[str, type]] = {"method": METHODS, "objective": OBJECTIVES, "verifier": VERIFIERS}
 Spec = Mapping[str, Any]
 # two digits of exponent at most: 1e999999999 would be exact and never finish
-NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?|[+-]?\d{1,15}/\d{1,15}")
+NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?|[+-]?\d{1,15}/\d{1,15}", re.ASCII)
 
 
 def fraction(text: Any, what: str) -> Fraction:
@@ -87,7 +87,7 @@ def _build_attack(name: str, fields: dict[str, Any]) -> Any:
     try:
         found = attack_class(name)
     except KeyError:
-        raise unknown("attack", name, attack_names()) from None
+        raise UserError(f"{unknown('attack', name, attack_names())}; `sparsecert list attacks` shows them all") from None
     return construct(found, attack_fields(name, fields), f"attack {name!r}")
 
 
@@ -108,16 +108,18 @@ def _from_outside(kind: str, name: str) -> type:
 
 
 def load_file(path: Path) -> types.ModuleType:
-    """The module in a Python file of the user's. Raises UserError where there is none, and whatever the file raises."""
+    """The module in a Python file of the user's, as the file stands now: a cached one is told from an edit by seconds only.
+
+    Raises UserError where there is no file, and whatever the file raises.
+    """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     name = f"sparsecert_plugin_{path.stem}_{abs(hash(str(path.resolve())))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
     return module
 
 

@@ -28,7 +28,7 @@ from .export import export
 from .files import make_folder, write_json, write_whole
 from .health import Flag, flags
 from .onnx_files import is_onnx
-from .outside import is_own
+from .outside import is_own, own_file
 from .passport import claim_holds, passport
 from .question import DISTANCE, Case, Question, prepare
 from .report import write_report
@@ -45,8 +45,8 @@ def certify(
     """{"summary", "rows", "curve", ...} of one checkpoint on the test set.
 
     Samples are judged batch by batch; with a folder `out` every finished batch survives a kill and is not judged again, and the
-    answer is written there as JSON, tables and a page. Samples that the total time limit does not reach have the verdict
-    timeout, and no part in the curve. Raises UserError and ContradictionError.
+    answer is written there as JSON, tables and a page. Samples that neither an earlier run nor this one within the total time
+    limit reaches have the verdict timeout, and no part in the curve. Raises UserError and ContradictionError.
     """
     start = time.perf_counter()
     case = prepare(question, device)
@@ -59,13 +59,13 @@ def certify(
     end = math.inf if question.total_seconds is None else start + question.total_seconds
     parts: list[pd.DataFrame] = []
     for at in batches:
-        kept = _place(out, case.fingerprint, at)
-        parts.append(_out_of_time(case, at) if time.perf_counter() > end else _kept(kept, partial(_judge, case, at, doing)))
+        table = _table(case, _place(out, case.fingerprint, at), end, partial(_judge, case, at, doing))
+        parts.append(_out_of_time(case, at) if table is None else table)
         done = pd.concat(parts, ignore_index=True)
         report(len(done), len(case.samples), {name: int((done["verdict"] == name).sum()) for name in VERDICTS})
     rows = pd.concat(parts, ignore_index=True)
     curve = _curve(case, parts, batches, out, end, report)
-    case.seconds["total"] = round(time.perf_counter() - start, 4)
+    case.seconds["total"] = round(case.seconds.get("total", 0.0) + time.perf_counter() - start, 4)
     answer = {**_answer(question, case, rows, health), "curve": curve}
     if out is not None:
         write_json(out / "answer.json", answer)
@@ -104,9 +104,10 @@ def _curve(
         facts = [case.fingerprint, [str(eps) for eps in case.curve]]
         fingerprint = hashlib.sha256(canonical(facts)).hexdigest()
         for rows, at in zip(parts, batches, strict=True):
-            if time.perf_counter() > end:
-                break
-            measured.append(_kept(_place(out, fingerprint, at), partial(_measure, case, rows, at)))
+            table = _table(case, _place(out, fingerprint, at), end, partial(_measure, case, rows, at))
+            if table is None:
+                continue
+            measured.append(table)
             report(int(at[-1]) + 1, len(case.samples), {"curve": int(at[-1]) + 1})
         found += points(pd.concat(measured, ignore_index=True), case.curve) if measured else []
     for one in case.verifiers:
@@ -119,7 +120,7 @@ def _measure(case: Case, rows: pd.DataFrame, at: Tensor) -> pd.DataFrame:
     start = time.perf_counter()
     x, y = case.samples.pixels(at), case.samples.labels[at]
     found = measure(case.model, x, y, rows, case.threat, case.curve, case.attacks, case.verifiers)
-    case.seconds["curve"] = round(case.seconds.get("curve", 0.0) + time.perf_counter() - start, 4)
+    found.attrs = {"seconds": {"curve": time.perf_counter() - start}, "warnings": [], "lowering": []}
     return found
 
 
@@ -128,18 +129,35 @@ def _place(out: Path | None, fingerprint: str, at: Tensor) -> Path | None:
     return None if out is None else make_folder(out / "batches" / fingerprint[:16]) / f"{int(at[0]):08d}.parquet"
 
 
-def _kept(path: Path | None, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table of one batch, from where it lies already."""
-    if path is None:
-        return make()
-    if path.exists():
-        try:
-            return pd.read_parquet(path)
-        except Exception:
-            path.unlink()  # damaged: judged again
-    table = make()
-    write_whole(path, lambda temporary: table.to_parquet(temporary, index=False))
+def _table(case: Case, path: Path | None, end: float, make: Callable[[], pd.DataFrame]) -> pd.DataFrame | None:
+    """The table of one batch: what lies there already, whatever the clock says, else made before `end`, else None.
+
+    Its attrs, which the file keeps, are what the answer says of the batch beside its rows: seconds, warnings, lowering steps.
+    """
+    table = _kept(path)
+    if table is not None:
+        case.seconds["total"] = case.seconds.get("total", 0.0) + sum(table.attrs["seconds"].values())  # of an earlier run
+    elif time.perf_counter() > end:
+        return None
+    else:
+        table = make()
+        if path is not None:
+            write_whole(path, lambda temporary: table.to_parquet(temporary, index=False))
+    for stage, seconds in table.attrs["seconds"].items():
+        case.seconds[stage] = round(case.seconds.get(stage, 0.0) + seconds, 4)
+    case.warnings += [sentence for sentence in table.attrs["warnings"] if sentence not in case.warnings]
+    case.lowering += [step for step in table.attrs["lowering"] if step not in case.lowering]
     return table
+
+
+def _kept(path: Path | None) -> pd.DataFrame | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        return pd.read_parquet(path)
+    except Exception:
+        path.unlink()  # damaged: judged again
+        return None
 
 
 def _judge(case: Case, at: Tensor, doing: Callable[[str], None]) -> pd.DataFrame:
@@ -147,14 +165,11 @@ def _judge(case: Case, at: Tensor, doing: Callable[[str], None]) -> pd.DataFrame
     samples = case.samples
     x, y, index = samples.pixels(at), samples.labels[at], samples.index[at].tolist()
     out: Evaluation = evaluate(case.model, x, y, index, case.threat, case.attacks, case.verifiers, doing)
-    for stage, seconds in out.seconds.items():
-        case.seconds[stage] = round(case.seconds.get(stage, 0.0) + seconds, 4)
-    case.warnings += [sentence for sentence in out.warnings if sentence not in case.warnings]
-    case.lowering += [step for step in out.lowering if step not in case.lowering]
     rows = out.rows.rename(columns={f"{end}:{DISTANCE}": end for end in ENDS})
     if case.smoothed is not None:
         _about_the_smoothed_classifier(rows, case.smoothed)
     rows["seconds"] = (time.perf_counter() - start) / max(1, len(rows))
+    rows.attrs = {"seconds": out.seconds, "warnings": out.warnings, "lowering": out.lowering}
     return rows
 
 
@@ -203,11 +218,12 @@ def _answer(question: Question, case: Case, rows: pd.DataFrame, health: list[Fla
 def _as_asked(question: Question, case: Case) -> dict[str, Any]:
     """What the file and the flags together do not say elsewhere in the answer, so that it can be asked again."""
     own = question.data is not None and question.data.endswith(".npz")
-    file, _, name = case.arch.rpartition(":")
+    file, name = own_file(case.arch), case.arch.rpartition(":")[2]
     return {
         "checkpoint": str(question.path.resolve()), "data": str(Path(str(question.data)).resolve()) if own else case.data.name,
-        "arch": None if is_onnx(question.path) else f"{Path(file).resolve()}:{name}" if is_own(case.arch) else case.arch,
+        "arch": None if is_onnx(question.path) else f"{file.resolve()}:{name}" if is_own(case.arch) else case.arch,
         "mean": list(question.mean), "std": list(question.std),
         "density": None if question.density is None else str(question.density),
         "batch": question.batch, "fingerprint": case.fingerprint,
+        "arch_digest": case.arch_digest, "plugins": dict(case.plugins),
     }

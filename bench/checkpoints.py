@@ -116,13 +116,13 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], Card | None]:
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
             metadata = handle.metadata() or {}
     except (SafetensorError, OSError, ValueError) as reason:
-        raise UserError(f"{path} is not a whole safetensors file: {reason}") from reason
+        raise UserError(f"{path} is not a whole safetensors file: it was cut off or damaged; save or copy it again") from reason
     if KEY not in metadata:
         return state, None
     try:
         words = json.loads(metadata[KEY])
         card = Card(**{**words, "shape": tuple(words["shape"]), "mean": tuple(words["mean"]), "std": tuple(words["std"])})
-    except (ValueError, TypeError, KeyError) as reason:
+    except (ValueError, TypeError, KeyError, RecursionError) as reason:
         raise UserError(f"{path}: its header does not describe a sparsecert checkpoint: {reason}") from reason
     return state, card
 
@@ -143,8 +143,7 @@ def _torch_content(path: Path) -> Any:
             f"{path} holds pickled objects or is damaged, and nothing is ever unpickled here; save model.state_dict() instead"
         ) from reason
     except Exception as reason:
-        first = next(iter(str(reason).splitlines()), type(reason).__name__)
-        raise UserError(f"{path} is no torch or safetensors file, or it was cut off ({first})") from reason
+        raise UserError(f"{path} is no torch or safetensors file, or it was cut off; save or copy it again") from reason
 
 
 def network(state: Mapping[str, Tensor], card: Card, where: Path) -> nn.Module:

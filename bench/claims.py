@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from leaderboard.checks import check
 from leaderboard.record import Record, columns_of, read
-from leaderboard.row_checks import problems
+from leaderboard.row_checks import DISTANCE_ALLOWANCE, correct, problems, where
 
-from .build import build, construct
+from .build import build, construct, fraction
 from .cells import Assignment
+from .certify import HEALTH, _about_the_smoothed_classifier, _answer, _out_of_time
 from .checkpoints import Card, load_checkpoint, network
 from .checkpoints import read as read_any
+from .curve import smoothed_points
 from .data import Split
 from .errors import UserError
+from .evaluate import _decide, predict
+from .health import flags
 from .outside import is_own
 from .provenance import code_digest, device_name, source_digest
-from .question import Question, prepare
+from .question import Case, Question, _with_distances, prepare
 from .run import chosen_samples, dataset
 from .threat import Threat
 from .witnesses import load_witnesses
@@ -51,7 +57,8 @@ class Claims:
     """The network, its samples and what is said about them; `findings` is what reading alone has shown.
 
     rows: the verdict table, one row per sample, in the order of `samples`. batch: how many samples were judged together.
-    witnesses: stored images by sample number. about_f: whether predictions and verdicts are the network's own.
+    witnesses: stored images by sample number. about_f: whether predictions and verdicts are the network's own, and not those
+    of its smoothed classifier.
     """
 
     name: str
@@ -65,10 +72,13 @@ class Claims:
     witnesses: dict[int, Tensor] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    about_f: bool = True
 
-    @property
-    def about_f(self) -> bool:
-        return not self.verifiers or any(one.tool.deterministic for one in self.verifiers) or bool(self.attacks)
+
+def never_reached(rows: pd.DataFrame, verifiers: Sequence[Assignment]) -> np.ndarray:
+    """bool [N]: the rows of samples that no time was left for, so that nothing was asked about them."""
+    timeouts = [rows[name] == "timeout" for name in ("verdict", *(f"status:{one.label}" for one in verifiers))]
+    return np.logical_and.reduce([rows["predicted"] == -1, *timeouts])
 
 
 @dataclass(frozen=True)
@@ -97,11 +107,12 @@ def json_of(path: Path) -> dict[str, Any]:
 def _tools(kind: str, parts: list[dict[str, Any]], outside: Outside) -> list[Assignment]:
     """The attacks or verifiers as they were configured; code from outside only where that was allowed."""
     return [
-        Assignment(part["label"], {"name": part["name"]}, _tool(kind, part, outside), None, part.get("first")) for part in parts
+        Assignment(part["label"], {"name": part["name"]}, tool_of(kind, part, outside), None, part.get("first")) for part in parts
     ]
 
 
-def _tool(kind: str, part: Mapping[str, Any], outside: Outside) -> Any:
+def tool_of(kind: str, part: Mapping[str, Any], outside: Outside) -> Any:
+    """The attack or verifier that the part describes. Raises UserError; for code from outside, too, unless that was allowed."""
     name = str(part["name"])
     if ":" in name:
         _allow(f"the {kind} {name!r}", outside)
@@ -147,6 +158,7 @@ def _claims_of_record(record: Record, path: Path, outside: Outside) -> Claims:
         if (source := source_digest(one.tool)) is not None:
             findings.append(_same(f"source of {one.label}", record.provenance.plugins.get(one.label), source))
     rows = record.verdicts(folder).reset_index(drop=True)
+    findings += [Finding("record", why=sentence) for sentence in _distances(rows, (*attacks, *verifiers))]
     threat = construct(Threat, cell["threat"], "the threat")
     claims = Claims(record.id, model, samples, rows, threat, attacks, verifiers, len(samples), {}, findings)
     claims.notes += _differences(document["provenance"], outside.device)
@@ -197,66 +209,168 @@ def _add_witnesses(claims: Claims, name: str | None, folder: Path, shape: tuple[
 # ---- the folder of certify -------------------------------------------------------------------------------------------
 
 
+NOT_MADE_AGAIN = ("checkpoint", "warnings", "lowering", "curve")  # of answer.json
+KINDS: dict[str, Callable[[str], Any]] = {
+    "text": str, "integer": int, "number": lambda cell: float(cell or "nan"),
+    "truth": {"True": True, "False": False, "": False}.__getitem__,
+}  # fmt: skip
+
+
 def claims_of_folder(folder: Path, outside: Outside) -> Claims:
-    """The claims of a folder that `sparsecert certify --out` wrote (answer.json and rows.csv). Raises UserError otherwise."""
+    """The claims of a folder that `sparsecert certify --out` wrote, its answer.json derived again from rows.csv and the network.
+
+    Raises UserError where the folder holds no such files.
+    """
     answer = json_of(folder / "answer.json")
     try:
         return _claims_of_answer(answer, folder, outside)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as reason:
         raise UserError(f"{folder} does not hold an answer of certify ({type(reason).__name__}: {reason})") from reason
 
 
 def _claims_of_answer(answer: dict[str, Any], folder: Path, outside: Outside) -> Claims:
-    asked = answer["asked"]
-    if is_own(asked["arch"] or ""):
-        _allow(f"the architecture {asked['arch']!r}", outside)
-    threat: Threat = construct(Threat, answer["threat"], "the threat")
-    density = None if asked["density"] is None else Fraction(asked["density"])
-    question = Question(
-        Path(asked["checkpoint"]), threat.norm, threat.eps, (), (), arch=asked["arch"], data=asked["data"],
-        data_dir=outside.data_dir, mean=tuple(asked["mean"]), std=tuple(asked["std"]), density=density,
-    )
-    case = prepare(question, outside.device)
-    attacks, verifiers = (_tools(kind, answer[f"{kind}s"], outside) for kind in ("attack", "verifier"))
     rows = _rows(folder / "rows.csv", answer)
-    place = {number: at for at, number in enumerate(case.samples.index.tolist())}
-    if not set(rows["index"]) <= set(place):
-        raise UserError(f"{folder} speaks of samples that {answer['data']} does not have")
-    at = torch.tensor([place[number] for number in rows["index"]], device=outside.device)
-    samples = case.samples
-    samples = replace(samples, images=samples.images[at], labels=samples.labels[at], index=samples.index[at])
-    claims = Claims(str(folder), case.model, samples, rows, threat, attacks, verifiers, int(asked["batch"]))
-    found = {"checkpoint": case.digests["checkpoint"], "samples": samples.digest}
-    wrong = [f"the {what} here is not the one that was judged" for what in found if found[what] != answer["digests"][what]]
-    wrong += _contradictory(answer, claims)
+    question = _question(answer, len(rows), outside)
+    case = prepare(question, outside.device)
+    case.attacks, verifiers = (_tools(kind, answer[f"{kind}s"], outside) for kind in ("attack", "verifier"))
+    case.plugins = {one.label: source for one in (*case.attacks, *verifiers) if (source := source_digest(one.tool)) is not None}
+    case.verifiers, case.seconds = verifiers, answer["summary"]["seconds"]
+    if "distance" in answer["summary"]:
+        tolerance = fraction(answer["summary"]["distance"]["tolerance"], "the tolerance of the distances")
+        case.verifiers = _with_distances(verifiers, tolerance)
+    claims = Claims(
+        str(folder), case.model, case.samples, rows, case.threat, case.attacks, verifiers, question.batch,
+        about_f=case.smoothed is None,
+    )  # fmt: skip
+    wrong = [
+        f"the {what} here is not the one that was judged" for what, digest in case.digests.items()
+        if answer["digests"].get(what) != digest
+    ]
+    if rows["index"].tolist() == case.samples.index.tolist():  # else replay says so, and goes no further
+        wrong += [*_contradictory(answer, case, rows), *islice(_forged(answer, question, case, rows), 5)]
     claims.findings = [Finding("answer", why=sentence) for sentence in wrong] or [Finding("answer")]
+    claims.notes.append(_trusted(answer, case))
     return claims
 
 
+def _question(answer: dict[str, Any], count: int, outside: Outside) -> Question:
+    """What was asked, of the first `count` test images. Raises UserError for what cannot have been asked."""
+    asked, claim = answer["asked"], answer["claim"]
+    if is_own(asked["arch"] or ""):
+        _allow(f"the architecture {asked['arch']!r}", outside)
+    if type(asked["batch"]) is not int or asked["batch"] < 1:
+        raise UserError(f"the batch of an answer of certify is a whole number from 1, got {asked['batch']!r}")
+    threat: Threat = construct(Threat, answer["threat"], "the threat")
+    return Question(
+        Path(asked["checkpoint"]), threat.norm, threat.eps, (), (), arch=asked["arch"], data=asked["data"],
+        data_dir=outside.data_dir, limit=count, mean=tuple(asked["mean"]), std=tuple(asked["std"]), batch=asked["batch"],
+        density=None if asked["density"] is None else fraction(asked["density"], "the density"),
+        claim=None if claim is None else fraction(claim["pruned"], "the claimed share"),
+    )  # fmt: skip
+
+
 def _rows(path: Path, answer: dict[str, Any]) -> pd.DataFrame:
-    """The table as it was before it became CSV: texts are texts, and an empty one is not a number."""
+    """The table exactly as it was before it became CSV, each column of its kind; blank truths are of samples never reached."""
     try:
-        rows = pd.read_csv(path, float_precision="round_trip")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as reason:
         raise UserError(f"{path} is not the table of an answer of certify: {reason}") from reason
-    text = ("verdict", "by", "status:", "looks:")
-    names = [name for name in rows if name in text or str(name).startswith(text[2:])]
-    rows[names] = rows[names].fillna("").astype(str)
-    missing = [name for name in columns_of(answer) if name not in rows]
-    if missing:
-        raise UserError(f"{path} lacks the column {missing[0]!r}, which {path.parent / 'answer.json'} calls for")
-    return rows
+    called = columns_of(answer)
+    missing = [name for name in called if name not in table]
+    if missing or table.empty:
+        what = f"the column {missing[0]!r}, which {path.parent / 'answer.json'} calls for" if missing else "rows"
+        raise UserError(f"{path} lacks {what}")
+    return pd.DataFrame({name: _column(table[name], called.get(name) or _kind(name), path) for name in table})
 
 
-def _contradictory(answer: dict[str, Any], claims: Claims) -> list[str]:
-    """Where the answer, its rows and its table do not say the same, or rows contradict themselves."""
-    rows = claims.rows
-    found = [
-        f"answer.json and rows.csv differ in {name!r}" for name in ("index", "label", "predicted", "verdict", "by")
-        if [row[name] for row in answer["rows"]] != rows[name].tolist()
-    ]
-    found += [
-        f"the summary counts {answer['summary'][name]} {name}, the table {int((rows['verdict'] == name).sum())}"
-        for name in ("certified", "broken", "open") if answer["summary"][name] != (rows["verdict"] == name).sum()
-    ]
-    return found + (problems(answer, rows) if claims.about_f and not (rows["verdict"] == "timeout").any() else [])
+def _kind(name: str) -> str:
+    """Of a column that an answer does not call for by itself."""
+    return {"survived": "truth", "status": "text", "looks": "text"}.get(name.partition(":")[0], "number")
+
+
+def _column(cells: pd.Series, kind: str, path: Path) -> Any:
+    dtype = {"text": object, "integer": np.int64, "number": np.float64, "truth": np.bool_}[kind]
+    try:
+        return np.array([KINDS[kind](cell) for cell in cells], dtype=dtype)
+    except (ValueError, KeyError, OverflowError) as reason:
+        raise UserError(f"{path}: the column {cells.name!r} must hold only {kind} values ({reason})") from None
+
+
+# ---- an answer derived again -----------------------------------------------------------------------------------------
+
+
+def _contradictory(answer: dict[str, Any], case: Case, rows: pd.DataFrame) -> Iterator[str]:
+    """Where rows contradict themselves: every verdict is decided again from the other columns."""
+    never = never_reached(rows, case.verifiers)
+    blank, left = _out_of_time(case, torch.from_numpy(np.flatnonzero(never))), rows[never].reset_index(drop=True)
+    for name in (name for name in blank if name in left):
+        same = (left[name] == blank[name]) | (left[name].isna() & blank[name].isna())
+        yield from where(left, ~same, f"never reached, yet something is said in {name!r}")
+    reached = rows[~never].reset_index(drop=True)
+    again = reached.drop(columns=["verdict", "by"])
+    if case.smoothed is not None:  # attacks are on the network, whose predictions the table does not hold
+        at = torch.from_numpy(np.flatnonzero(~never)).to(case.samples.labels.device)
+        again["predicted"] = predict(case.model, case.samples.pixels(at)).cpu().numpy()
+    _decide(again, case.threat, case.attacks, case.verifiers)
+    yield from problems(answer, again)
+    yield from _distances(again, (*case.attacks, *case.verifiers))
+    if case.smoothed is not None:
+        _about_the_smoothed_classifier(again, case.smoothed)
+    for name in ("verdict", "by"):
+        yield from where(reached, reached[name] != again[name], f"{name!r} is not what follows from the row's other columns")
+
+
+def _distances(rows: pd.DataFrame, tools: Sequence[Assignment]) -> Iterator[str]:
+    """A distance is that of an image inside the tool's ball around a correctly classified one."""
+    for one in tools:
+        if (name := f"distance:{one.label}") not in rows:
+            continue
+        inside = (rows[name] >= 0) & (rows[name] <= float(one.tool.eps) + DISTANCE_ALLOWANCE)
+        yield from where(rows, rows[name].notna() & ~(inside & correct(rows)), f"{name!r} is no distance that it can have")
+
+
+def _forged(answer: dict[str, Any], question: Question, case: Case, rows: pd.DataFrame) -> Iterator[str]:
+    """Where answer.json says anything else than what its table, the network and the images give."""
+    first = case.samples.first(HEALTH)
+    again = json.loads(json.dumps(_answer(question, case, rows, flags(case.model, first.pixels(), first.labels))))
+    said, found = _comparable(answer), _comparable(again)
+    if is_own(found["arch"]):
+        found["arch"] = said["arch"]  # as it was typed
+    for one in case.verifiers:
+        if not one.tool.deterministic:
+            said["curve"] = [point for point in answer["curve"] if point["by"] == one.label]
+            steps = [fraction(point["exact"], "exact") for point in said["curve"] if point["exact"] is not None]
+            found["curve"] = smoothed_points(rows, one.label, steps)
+    yield from _apart(said, found, "")
+
+
+def _comparable(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the health flags the names: their sentences hold figures that other processors round otherwise."""
+    out = {key: value for key, value in answer.items() if key not in NOT_MADE_AGAIN}
+    out["asked"] = {key: value for key, value in answer["asked"].items() if key != "fingerprint"}
+    return {**out, "health": [flag["name"] for flag in answer["health"]]}
+
+
+def _apart(said: Any, found: Any, place: str) -> Iterator[str]:
+    if isinstance(said, dict) and isinstance(found, dict):
+        for key in dict.fromkeys((*found, *said)):
+            yield from _apart(said.get(key), found.get(key), f"{place}.{key}" if place else key)
+    elif isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
+        for at, pair in enumerate(zip(said, found)):
+            yield from _apart(*pair, f"{place}[{at}]")
+    elif not (said == found or _rounded_alike(said, found)):
+        yield f"answer.json says {place} {json.dumps(said):.60}, but rows.csv and the network give {json.dumps(found):.60}"
+
+
+def _rounded_alike(said: Any, found: Any) -> bool:
+    """A mean depends on the order in which a processor adds up."""
+    return isinstance(said, float) and isinstance(found, float) and math.isclose(said, found, rel_tol=1e-12)
+
+
+def _trusted(answer: dict[str, Any], case: Case) -> str:
+    """What answer.json says and nothing here derives again."""
+    smoothing = [one.label for one in case.verifiers if not one.tool.deterministic]
+    left = ["seconds", "warnings", "lowering steps"]
+    left += ["points of the curve"] if any(point["by"] not in smoothing for point in answer["curve"]) else []
+    left += ["bracketed distances"] if "distance" in answer["summary"] else []
+    return f"not made again, but taken as they stand there: {', '.join(left)}"

@@ -87,9 +87,13 @@ class _Samples:
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, batch: int = ATTACK_BATCH) -> Tensor:
-    """Predicted classes [N]."""
-    parts = [model(part).argmax(1) for part in x.split(batch)]
+    """Predicted classes [N]; -1, which is nobody's label, where a logit is NaN or infinite."""
+    parts = [_classes(model(part)) for part in x.split(batch)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
+
+
+def _classes(logits: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
 def evaluate(
@@ -192,6 +196,8 @@ def _proof_of(one: Assignment, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
     lengths = {len(proof.radius), len(proof.margin), len(proof.predicted), len(proof.status)}
     if lengths != {len(x)}:
         raise UserError(f"the verifier {one.label!r} answered {sorted(lengths)} samples of {len(x)}")
+    if not bool(((proof.radius >= 0) & (proof.radius < torch.inf)).all()):
+        raise UserError(f"the verifier {one.label!r} returned a radius that is no finite number from 0; 0 proves nothing")
     return proof
 
 

@@ -137,6 +137,7 @@ def parsed(path: Path) -> Any:
         proto = onnx.load_model_from_string(path.read_bytes())
     except Exception as reason:
         raise UserError(f"{path} is not an ONNX file: {first_line(reason)}") from reason
+    _numbers_as_tensors(onnx, proto)
     tensors = [*proto.graph.initializer, *_constants(proto)]
     if any(one.external_data or one.data_location for one in tensors) or proto.graph.sparse_initializer:
         raise UserError(f"{path} keeps weights outside of the file or in sparse form; save it as one file of plain tensors")
@@ -145,6 +146,16 @@ def parsed(path: Path) -> Any:
         return onnx.shape_inference.infer_shapes(proto)
     except Exception as reason:
         raise UserError(f"{path} is not a valid ONNX network: {first_line(reason)}") from reason
+
+
+def _numbers_as_tensors(onnx: Any, proto: Any) -> None:
+    """A Constant may hold bare numbers in place of a tensor; as tensors they are checked, and later widened, like all others."""
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    for node in proto.graph.node:
+        for one in node.attribute if node.op_type == "Constant" else ():
+            if one.name in kinds:
+                value = np.asarray(onnx.helper.get_attribute_value(one), dtype=kinds[one.name])
+                one.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(value)))
 
 
 def _constants(proto: Any) -> Iterator[Any]:

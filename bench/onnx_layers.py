@@ -216,6 +216,8 @@ def _with_constant(builder: _Builder, value: _Value, does: str, first: bool, con
     if linear is not None and linear.bias is None and does == "add":
         linear.bias = nn.Parameter(constant)
         return _Value(value.node, value.sample + constant)
+    if does == "div" and not bool(((1 / constant).double() * constant.double() == 1).all()):
+        raise _RefusedError("division only of the input [N, C, H, W], or by numbers with an exact float32 inverse, is")
     one = torch.ones_like(constant)
     scale = {"add": one, "sub": -one if first else one, "mul": constant, "div": 1 / constant}[does]
     shift = {"add": constant, "sub": constant if first else -constant}.get(does, torch.zeros_like(constant))

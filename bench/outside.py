@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import zipfile
 from collections import OrderedDict
@@ -25,7 +26,12 @@ ARRAYS = ("x", "y", "x_train", "y_train", "classes")
 
 def is_own(arch: str) -> bool:
     """Whether an architecture is given as file.py:function rather than by name."""
-    return arch.rpartition(":")[0].endswith(".py")
+    return own_file(arch).suffix == ".py"
+
+
+def own_file(arch: str) -> Path:
+    """The file of an architecture that is given as file.py:function."""
+    return Path(arch.rpartition(":")[0])
 
 
 def own_network(
@@ -36,7 +42,8 @@ def own_network(
 
     arch: `file.py:build`, the name of a function build() or build(shape, classes) that returns an nn.Module on images
     [N, *shape] with logits [N, classes]. Its file is executed: it is the user's own. Raises UserError where the file, the
-    function, its network or the weights are not that.
+    function, its network or the weights are not that, and for a network that cannot be judged: it must run in float64, pass
+    gradients on to the images, leave them as they are and answer each of them alone.
     """
     model = _built(arch, shape, classes)
     try:
@@ -45,8 +52,10 @@ def own_network(
         raise UserError(f"{arch}: its network does not take these weights: {first_line(reason)}") from reason
     if mean or std:
         model = nn.Sequential(OrderedDict(normalise=normalisation(mean, std, shape[0]), network=model))
+    model = model.eval().requires_grad_(False)
     _try(model, arch, shape, classes)
-    return model.eval().requires_grad_(False)
+    _try_in_float64(model, arch, shape)
+    return model
 
 
 def _built(arch: str, shape: Shape, classes: int) -> nn.Module:
@@ -83,13 +92,52 @@ def _module(path: Path) -> Any:
 
 @torch.no_grad()
 def _try(model: nn.Module, arch: str, shape: Shape, classes: int) -> None:
+    x = _noise(shape)
+    before = x.clone()
     try:
-        out = model.eval()(torch.zeros(2, *shape))
+        out = model(x)
     except Exception as reason:
         raise UserError(f"{arch} does not take images of {'x'.join(map(str, shape))}: {first_line(reason)}") from reason
     if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape != (2, classes):
         found = f"shape {tuple(out.shape[1:])}" if isinstance(out, Tensor) else f"type {type(out).__name__}"
         raise UserError(f"{arch} must answer an image with {classes} logits, its answer has {found}")
+    if not torch.equal(x, before):
+        raise UserError(f"{arch} writes into the images that it is given; let forward compute new tensors (no x.mul_, no x += 1)")
+
+
+def _noise(shape: Shape) -> Tensor:
+    return torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.enable_grad()
+def _try_in_float64(model: nn.Module, arch: str, shape: Shape) -> None:
+    """Verdicts are decided in float64, attacks follow the gradient, and a sample's answer is its own."""
+    x = _noise(shape).double().requires_grad_()
+    way_out = "let forward keep the type of its input (no x.float(), no torch.float32)"
+    try:
+        double = copy.deepcopy(model).double()
+        out = double(x)
+    except Exception as reason:
+        raise UserError(f"{arch} cannot run in float64, which decides verdicts; {way_out}: {first_line(reason)}") from reason
+    if out.dtype != torch.float64:
+        raise UserError(f"{arch} answers float64 images in {str(out.dtype).removeprefix('torch.')}; {way_out}")
+    if not out.requires_grad:
+        raise UserError(f"{arch} passes no gradient on to its images, so attacks cannot look; leave out x.detach() and no_grad")
+    _refuse_coupled(double, x.detach(), out.detach(), arch)
+
+
+@torch.no_grad()
+def _refuse_coupled(model: nn.Module, x: Tensor, out: Tensor, arch: str) -> None:
+    """Raises UserError where an image's answer depends on the others; answers that depend on chance are a health flag's."""
+    try:
+        again, alone = model(x), model(x[:1])
+    except Exception as reason:
+        raise UserError(f"{arch} does not take a single image [1, C, H, W]: {first_line(reason)}") from reason
+    allowed = 1e-9 * max(1.0, float(out.abs().max()))
+    if torch.allclose(again, out, rtol=0, atol=allowed) and (
+        alone.shape != out[:1].shape or not torch.allclose(alone, out[:1], rtol=0, atol=allowed)
+    ):
+        raise UserError(f"{arch} answers an image differently alone than beside others; images of a batch must not be coupled")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -156,7 +204,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as reason:  # numpy and zipfile raise many kinds for damaged bytes
-        raise UserError(f"{path} is not an .npz file of plain arrays: {first_line(reason)}") from reason
+        why = first_line(reason) if zipfile.is_zipfile(path) else "it is something else, or it was cut off; save or copy it again"
+        raise UserError(f"{path} is not an .npz file of plain arrays: {why}") from reason
 
 
 def _images(x: np.ndarray, name: str, path: Path) -> tuple[Tensor, float]:

@@ -21,8 +21,8 @@ from .data import Dataset, Split
 from .errors import UserError
 from .factors import Stored
 from .onnx_files import OnnxNetwork, is_onnx, on_images, read_onnx
-from .outside import is_own, own_data, own_network
-from .provenance import code_digest
+from .outside import is_own, own_data, own_file, own_network
+from .provenance import code_digest, file_digest, packages, source_digest
 from .radii import MinimalDistance
 from .run import dataset
 from .threat import Threat
@@ -58,7 +58,10 @@ class Question:
 
 @dataclass
 class Case:
-    """Everything that is needed to judge one batch of samples."""
+    """Everything that is needed to judge one batch of samples.
+
+    arch_digest: of the user's own network file. plugins: of the files of tools from outside, by label.
+    """
 
     model: nn.Module
     arch: str
@@ -73,6 +76,8 @@ class Case:
     digests: Mapping[str, str]
     curve: tuple[Fraction, ...] = ()
     stored: Mapping[str, Stored] = field(default_factory=dict)
+    arch_digest: str | None = None
+    plugins: Mapping[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     lowering: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -102,15 +107,18 @@ def prepare(question: Question, device: torch.device) -> Case:
     curve = tuple(construct(Threat, {"norm": question.norm, "eps": eps}, "the threat of --curve").eps for eps in question.curve)
     samples = data.test if question.limit is None else data.test.first(question.limit)
     digests = {"checkpoint": sha256_file(question.path), "samples": samples.digest}
+    arch_digest = file_digest(own_file(arch)) if is_own(arch) else None
+    sources = {one.label: source_digest(one.tool) for one in (*attacks, *verifiers)}
+    plugins = {label: source for label, source in sources.items() if source is not None}
     facts = [
         digests["checkpoint"], arch, str(question.density), question.mean, question.std, plain(threat),
         samples.digest, code_digest(), question.batch, device.type, torch.get_num_threads(),
-        [[one.label, plain(one.tool)] for one in (*attacks, *verifiers)],
+        [[one.label, plain(one.tool)] for one in (*attacks, *verifiers)], arch_digest, plugins, packages(),
     ]
     fingerprint = hashlib.sha256(canonical(facts)).hexdigest()
     return Case(
         model, arch, loaded.layout, list(loaded.notes), data, samples, threat, attacks, verifiers, fingerprint, digests,
-        curve, loaded.stored,
+        curve, loaded.stored, arch_digest, plugins,
     )  # fmt: skip
 
 

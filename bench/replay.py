@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import hypergeom
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.lp import distance
+from verifiers import UnsupportedNetworkError
 from verifiers.rounding import in_float64
 
 from .cells import Assignment
 from .checkpoints import load_checkpoint, network
-from .claims import Claims, Finding, Outside, claims_of_folder, claims_of_record, json_of
+from .claims import Claims, Finding, Outside, claims_of_folder, claims_of_record, json_of, never_reached, tool_of
 from .errors import UserError
 from .evaluate import ATTACK_BATCH, ContradictionError, evaluate, predict
 from .threat import within
@@ -34,13 +35,14 @@ FLIPPED = 1e-4  # the share of noise draws that another processor may classify o
 
 @dataclass(frozen=True)
 class Replay:
-    """What came out: every finding, how many certificates there are and how many of them were proven again."""
+    """What came out: every finding, how many certificates there are, how many of them were proven again, drawn with what seed."""
 
     name: str
     findings: list[Finding]
     certificates: int
     spot: int
     notes: list[str]
+    seed: int | None = None
 
     @property
     def holds(self) -> bool:
@@ -59,7 +61,7 @@ class Replay:
         caught = {f"{share:g}": value for share, value in self.caught.items()}
         return {
             "name": self.name, "holds": self.holds, "findings": findings, "certificates": self.certificates, "spot": self.spot,
-            "caught": caught, "notes": self.notes,
+            "seed": self.seed, "caught": caught, "notes": self.notes,
         }
 
 
@@ -83,7 +85,7 @@ def replay(path: Path, spot: int, seed: int, outside: Outside) -> Replay:
     if path.is_dir() or path.name == "answer.json":
         return _replayed(claims_of_folder(path if path.is_dir() else path.parent, outside), spot, seed)
     if "schema" not in (facts := json_of(path)) and {"verifier", "attack", "radius"} <= set(facts):
-        return Replay(path.stem, list(_contradiction(path, facts)), 0, 0, [])
+        return _contradiction(path, facts, outside)
     return _replayed(claims_of_record(path, outside), spot, seed)
 
 
@@ -92,14 +94,14 @@ def _replayed(claims: Claims, spot: int, seed: int) -> Replay:
     said = zip(rows["index"].tolist(), rows["label"].tolist(), strict=True)
     if list(said) != list(zip(samples.index.tolist(), samples.labels.tolist(), strict=True)):
         claims.findings.append(Finding("samples", why="the verdict rows are about other images or labels than the data has"))
-        return Replay(claims.name, claims.findings, 0, 0, claims.notes)
+        return Replay(claims.name, claims.findings, 0, 0, claims.notes, seed)
     random, certificates = np.random.default_rng(seed), _certificates(claims)
     chosen = _drawn(random, certificates, spot)
     broken = np.flatnonzero(rows["verdict"] == "broken").tolist()
     unseen = [at for at in broken if int(rows["index"][at]) not in claims.witnesses]
     findings = [*claims.findings, *_clean(claims), *_proven_again(claims, chosen), *_executed(claims)]
     findings += _broken_again(claims, _drawn(random, unseen, spot))
-    return Replay(claims.name, findings, len(certificates), len(chosen), claims.notes)
+    return Replay(claims.name, findings, len(certificates), len(chosen), claims.notes, seed)
 
 
 def _drawn(random: np.random.Generator, items: Sequence[Any], count: int) -> list[Any]:
@@ -119,7 +121,7 @@ def _pixels(claims: Claims, at: Sequence[int]) -> tuple[Tensor, Tensor, list[int
 def _clean(claims: Claims) -> Iterator[Finding]:
     if not claims.about_f:
         return
-    asked = np.flatnonzero(claims.rows["predicted"] >= 0)
+    asked = np.flatnonzero(~never_reached(claims.rows, claims.verifiers))
     found = [predict(claims.model, _pixels(claims, part.tolist())[0]).cpu().numpy() for part in _parts(asked)]
     recorded = claims.rows["predicted"].to_numpy()[asked]
     off = np.concatenate([*found, np.zeros(0, dtype=np.int64)]) != recorded
@@ -171,10 +173,15 @@ def _same_proof(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple
     if not found[radius] >= recorded[radius]:
         status = found[f"status:{one.label}"]
         return f"radius {recorded[radius]:.6g} is recorded, but {one.label} answers {status} with {found[radius]:.6g}", ""
-    off, allowed = abs(found[margin] - recorded[margin]), MARGIN_TOLERANCE * max(1.0, abs(recorded[margin]))
-    if not _costly(one) and off > allowed:  # a costly verifier's may be another's
+    if not _costly(one) and not _alike(found[margin], recorded[margin]):  # a costly verifier's may be another's
         return f"its margin is {found[margin]:.6g}, recorded is {recorded[margin]:.6g}: another network or another verifier", ""
     return "", ""
+
+
+def _alike(found: float, recorded: float) -> bool:
+    if math.isnan(found) or math.isinf(found):
+        return found == recorded or (math.isnan(found) and math.isnan(recorded))
+    return abs(found - recorded) <= MARGIN_TOLERANCE * max(1.0, abs(found))
 
 
 def _same_counts(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple[str, str]:
@@ -250,24 +257,56 @@ def _together(claims: Claims, at: int) -> tuple[int, ...]:
 # ---- contradictions --------------------------------------------------------------------------------------------------
 
 
-def _contradiction(path: Path, facts: dict[str, Any]) -> Iterator[Finding]:
-    """A contradiction holds if its witness lies within the certified radius and the float64 network misclassifies it."""
+def _contradiction(path: Path, facts: dict[str, Any], outside: Outside) -> Replay:
+    """A contradiction holds if the verifier certifies the image, whose witness lies within the radius and is misclassified.
+
+    The network classifies the image, in float32 as it was certified, as its label; the witness is executed in float64.
+    """
     weights = path.with_suffix(".safetensors")
     tensors, card = load_checkpoint(weights)
     if card is None or not {"image", "witness"} <= set(tensors):
         raise UserError(f"{weights} is not the file of a contradiction: it needs a card, an image and a witness")
     state = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
-    image, witness = tensors["image"][None], tensors["witness"][None]
+    model, image, witness = network(state, card, weights), tensors["image"][None], tensors["witness"][None]
     try:
-        radius, norm, label = Fraction(float(facts["radius"])), str(facts["norm"]), int(facts["label"])
-        inside, far = within(witness, image, norm, radius), float(distance(witness, image, norm))
-        predicted = int(predict(in_float64(network(state, card, weights)), witness.double()))
-    except (KeyError, TypeError, ValueError, RuntimeError) as reason:
+        radius, norm = Fraction(float(facts["radius"])), str(facts["norm"])
+        label, index, attack = int(facts["label"]), int(facts["index"]), str(facts["attack"])
+        legal, inside = (bool(within(one, image, norm, radius)) for one in (image, witness))
+        far = float(distance(witness, image, norm))
+        clean, predicted = int(predict(model, image)), int(predict(in_float64(model), witness.double()))
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as reason:
         raise UserError(f"{path} does not fit its {weights.name}: {type(reason).__name__}: {reason}") from reason
+    if radius <= 0:
+        raise UserError(f"{path} is no contradiction: a certified radius is above 0, got {facts['radius']!r}")
     why = ""
-    if not bool(inside):
+    if not legal:
+        why = "the image has a pixel that is not in [0,1]"
+    elif clean != label:
+        why = f"the network classifies the image itself as {clean}, not as {label}"
+    elif not inside:
         why = f"the witness lies at distance {far:.9g}, outside the certified radius {float(radius):.9g} or [0,1]"
     elif predicted == label:
         why = f"the witness is classified correctly, as {label}"
     note = f"distance {far:.9g} of the certified {float(radius):.9g}, predicted {predicted} instead of {label}"
-    yield Finding("contradiction", str(facts["attack"]), int(facts["index"]), why, note)
+    replayed = Replay(path.stem, [Finding("contradiction", attack, index, why, note)], 0, 0, [])
+    if not why:
+        verifier = str(facts["verifier"])
+        try:
+            found = _certified_again(verifier, model, image, label, norm, radius, outside)
+            replayed.findings.append(Finding("certificate", verifier, index, found))
+        except (UserError, UnsupportedNetworkError) as reason:
+            replayed.notes.append(f"the certificate itself was not made again: {reason}")
+    return replayed
+
+
+def _certified_again(
+    verifier: str, model: nn.Module, image: Tensor, label: int, norm: str, radius: Fraction, outside: Outside
+) -> str:
+    """Why the verifier of this name does not certify the image to the radius; empty if it does. Raises UserError."""
+    tool = tool_of("verifier", {"name": verifier, "norm": norm, "eps": radius}, outside)
+    if not tool.deterministic:
+        return f"{verifier} certifies another classifier, which no witness of the network contradicts"
+    proof = tool(model, image, torch.tensor([label]))
+    if (proven := float(proof.radius[0])) >= radius:
+        return ""
+    return f"radius {float(radius):.9g} is claimed, but {verifier} answers {proof.status[0]} with {proven:.9g}"

@@ -30,8 +30,9 @@ imagenet                                   : errors files published
 models                                     : errors | verifiers
 data                                       : errors files readers imagenet published
 train                                      : data
-objectives                                 : train | attacks verifiers
-methods                                    : factors sparsity train | attacks verifiers
+modes                                      : | verifiers
+objectives                                 : modes train | attacks verifiers
+methods                                    : factors modes sparsity train | attacks verifiers
 build                                      : errors methods objectives | attacks verifiers
 cells                                      : errors threat data models train build | leaderboard
 phases                                     : files provenance sparsity train

@@ -49,6 +49,7 @@ class Smoothing:
     that was certified, one alpha covers all (see `sequential.py`). It looks after whole chunks of 100 draws, each look
     `growth` times the one before. `futility`, the chance of giving up where n draws would certify, costs certificates and adds
     none; `predicted` of an open row is a guess. It abstains where p > 1/2 fails the same test or cannot be decided.
+    A draw with a logit that is NaN or infinite counts in n and for no class.
     `details`: hits and n per sample, for `sequential` also looks, int64 [N, looks, 2] of (n, hits), padded with -1.
     Raises ValueError for another norm and for settings that make no sense together.
     """
@@ -118,12 +119,13 @@ class Smoothing:
         boundaries, half = self.boundaries(), self._half()
         guesses, seen, radii, sure = [], [], [], []
         for image in x:
-            guess = int(self._counts(model, image, (0, self.n0), "select").argmax())
+            votes = self._counts(model, image, (0, self.n0), "select")
+            guess = int(votes.argmax())
             looks = self._estimate(model, image, guess, boundaries)
             guesses.append(guess)
             seen.append(looks)
             radii.append(self._radius(looks, boundaries))
-            sure.append(radii[-1] > 0 or not self._abstains(looks, half))
+            sure.append(bool(votes.any()) and (radii[-1] > 0 or not self._abstains(looks, half)))
         predicted = torch.where(torch.tensor(sure, dtype=torch.bool), torch.tensor(guesses, dtype=torch.int64), -1)
         radius = torch.where(predicted == y.cpu(), torch.tensor(radii, dtype=torch.float64), 0.0)
         return Proof(
@@ -187,7 +189,8 @@ class Smoothing:
         counts: Tensor | None = None
         for noise in self._noise(image, draws, stream):
             logits = model(image + self.sigma * noise)
-            now = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+            classes = logits[torch.isfinite(logits).all(1)].argmax(1)
+            now = torch.bincount(classes, minlength=logits.shape[1])
             counts = now if counts is None else counts + now
         assert counts is not None
         return counts

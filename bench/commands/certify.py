@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..question import Question
 
 
+SMOOTHING = ("sigma", "n0", "n", "alpha", "seed", "rule", "curtail")  # options that are fields of the verifier
+
+
 @app.command(epilog="Example: `sparsecert certify runs/digits@1/checkpoints/NAME.safetensors --eps 0.1 --verifier crown`")
 def certify(
     context: typer.Context,
@@ -125,8 +128,8 @@ def _question(options: Mapping[str, Any]) -> Question:
         raise UserError("--tolerance is the width of --radius's brackets; ask for --radius as well")
     verifiers = tuple(options["verifier"] or ("ibp", "crown"))
     attacks = tuple(options["attack"] or (() if set(verifiers) == {"smoothing"} else ("pgd",)))
-    smoothing = tuple((name, options[name]) for name in ("sigma", "n0", "n", "alpha", "seed", "rule", "curtail"))
-    smoothing += (("grid", tuple(options["grid"].split(","))),) if options["grid"] else ()
+    smoothing = tuple((name, options[name]) for name in SMOOTHING)
+    smoothing += (("grid", tuple(_radius(one, "--grid") for one in options["grid"].split(","))),) if options["grid"] else ()
     share = {name: None if options[name] is None else fraction(options[name], f"--{name}") for name in ("density", "claim")}
     return Question(
         Path(options["checkpoint"]), norm, _radius(options["eps"], "--eps"), verifiers, attacks, options["arch"], options["data"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -21,7 +22,9 @@ def replay(
         Path, typer.Argument(help="A record (.../records/ID.json), a folder of certify --out, or a contradiction (.json).")
     ],
     spot: Annotated[int, typer.Option(help="How many certificates are proven again, drawn at random.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[
+        Optional[int], typer.Option(help="Of the draw; default: another one each time, which is printed.")  # noqa: UP045
+    ] = None,
     device: Device = "cpu",
     data_dir: DataDir = None,
     plugins: Annotated[bool, typer.Option("--plugins", help="Also run code from outside that it names.")] = False,
@@ -35,6 +38,7 @@ def replay(
     from ..run import pick_device
 
     torch.set_num_threads(1)
+    seed = secrets.randbits(32) if seed is None else seed  # whoever forged the file must not have known the draw
     found = again(path, spot, seed, Outside(pick_device(device), data_dir, plugins))
     if as_json:
         show(found.as_json())
@@ -48,7 +52,7 @@ def print_replay(found: Replay) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    print(f"replay of {found.name}")
+    print(f"replay of {found.name}" + ("" if found.seed is None else f", spot checks drawn with --seed {found.seed}"))
     table = Table()
     for name in ("what", "by", "holds", "fails"):
         table.add_column(name, justify="right" if name in ("holds", "fails") else "left")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import unknown
+from .certify import SMOOTHING, certify
 from .options import Json, app, show
 
 KINDS = ("methods", "objectives", "attacks", "verifiers", "models", "data", "suites")
@@ -28,10 +30,12 @@ def list_(
         fields = ", ".join(f"{name}={value}" for name, value in one["fields"].items())
         print(one["name"] + (f" ({fields})" if fields else ""))
         print(f"    {one['summary']}")
+        if one.get("certify"):
+            print("    certify asks with " + ", ".join(f"{name}={value}" for name, value in one["certify"].items()))
 
 
 def catalogue(kind: str) -> list[dict[str, Any]]:
-    """Entries {name, summary, fields} of one kind."""
+    """Entries {name, summary, fields} of one kind; of verifiers also the defaults that `certify` has instead of the fields'."""
     from .. import build
     from ..cells import read_suite, shipped
     from ..data import DATASETS
@@ -49,4 +53,11 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
     if kind == "suites":
         suites = {name: read_suite(name) for name in shipped()}
         return [{"name": k, "summary": s.description, "fields": {"cells": len(s.cells)}} for k, s in suites.items()]
-    return build.described(kind.removesuffix("s"))
+    entries = build.described(kind.removesuffix("s"))
+    return [{**one, "certify": _of_certify(one)} for one in entries] if kind == "verifiers" else entries
+
+
+def _of_certify(one: dict[str, Any]) -> dict[str, Any]:
+    """Where certify's options differ from the fields of a verifier; the norm is the user's word for both."""
+    options, own = inspect.signature(certify).parameters, ("eps", *(SMOOTHING if one["name"] == "smoothing" else ()))
+    return {name: options[name].default for name in own if options[name].default != one["fields"][name]}

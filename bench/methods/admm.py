@@ -84,6 +84,7 @@ class ADMM:
 
     def _update(self, step: Step) -> None:
         epoch, epochs = step.progress.epoch, step.progress.epochs
-        if self.updates and epoch % max(1, epochs // (self.updates + 1)) == 0 and epoch < epochs:
+        parts = min(self.updates, epochs - 1) + 1
+        if epoch < epochs and epoch * parts // epochs > (epoch - 1) * parts // epochs:
             for anchor, weight in anchored(step.model):
                 anchor.update_dual(weight, self.growth)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..modes import evaluating
 from ..train import Phase, Progress, Step, Training, derived_seed
-from .rigl import opened, rewiring, sparse_start
+from .rigl import due, opened, rewiring, sparse_start
 
 WINDOW = 4  # epochs that are looked back upon
 
@@ -22,7 +23,7 @@ class FlyingBird:
     """Trains sparse from start to end; to the end a falling share of each layer's smallest weights makes room for new ones.
 
     Chen et al. 2022 (ICLR). As RigL, with the budget floor(density N) shared out by ideal gas quotas, and a moving share that
-    falls from `first` to `last` as a cosine over the whole training, every `every` steps.
+    falls from `first` to `last` as a cosine over the whole training, every `every` steps but in the last epoch.
     """
 
     allocation: Literal["igq", "erk", "uniform"] = "igq"
@@ -40,7 +41,7 @@ class FlyingBird:
 
     def share(self, progress: Progress) -> float:
         """The fraction of each layer that moves at this step; 0 where none does."""
-        if progress.step == 0 or progress.step % self.every:
+        if not due(progress, self.every):
             return 0.0
         return self.last + (self.first - self.last) / 2 * (1 + cos(pi * progress.fraction))
 
@@ -63,13 +64,11 @@ def set_apart(training: Training, share: float) -> tuple[Training, Training]:
 @torch.no_grad()
 def mean_loss(model: nn.Module, training: Training) -> float:
     """The objective at the end of its ramp, in eval mode, with the same random numbers at every call; the network rests."""
-    mode, total = model.training, 0.0
-    model.eval()
-    with torch.random.fork_rng():
+    total = 0.0
+    with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
         for x, y in training.batches(torch.Generator().manual_seed(0)):
             total += len(x) * float(training.objective(model, x, y, Progress(0, 1)))
-    model.train(mode)
     return total / len(training.data)
 
 

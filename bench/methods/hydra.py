@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..sparsity import TopKScores, attach, kept_of, mask_layers, prunable
 from ..train import Phase, Training
@@ -61,12 +62,12 @@ INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def scores_and_batchnorm(model: nn.Module) -> set[str]:
-    """What the prune phase trains: scores, and BatchNorm's scale and shift; weights and biases stay frozen."""
+    """What the prune phase trains: scores, and the scale and shift of BatchNorm of any kind; weights and biases stay frozen."""
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
-        if isinstance(module, TopKScores | nn.BatchNorm2d)
+        if isinstance(module, TopKScores | _NormBase)
     }
 
 

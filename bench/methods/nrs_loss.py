@@ -15,6 +15,7 @@ from verifiers.ball import Interval
 from verifiers.bounds import INTERVAL_RULES
 from verifiers.graph import walk
 
+from ..modes import not_learning, resting, statistics_of
 from ..train import Phase, Training
 from .lottery import IMP
 
@@ -33,10 +34,11 @@ def nrs(lower: Tensor, upper: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return -torch.tanh(1 + lower * upper / square.clamp_min(torch.finfo(lower.dtype).tiny))
 
 
-def instability(model: nn.Module, box: Interval) -> Tensor:
-    """The mean `nrs` over all neurons before a ReLU and all images of the box; 0 for a network without ReLU.
+def instability(model: nn.Module, x: Tensor, eps: float) -> Tensor:
+    """The mean `nrs` over all neurons before a ReLU on the linf balls around x, cut with [0,1]; 0 for a network without ReLU.
 
-    The scale is that of the BatchNorm right before the ReLU, detached, else 1. BatchNorm takes its running statistics.
+    The scale is that of the BatchNorm right before the ReLU, detached, else 1. A BatchNorm in training mode takes the
+    statistics of x, as other bounds in training do, but does not learn them. x is [N, C, H, W] in [0,1].
     Raises UnsupportedNetworkError as interval bounds do.
     """
     found: list[Tensor] = []
@@ -58,13 +60,11 @@ def instability(model: nn.Module, box: Interval) -> Tensor:
 
     rules = {**INTERVAL_RULES, nn.BatchNorm1d: normalised, nn.BatchNorm2d: normalised}
     rules |= {kind: watched(INTERVAL_RULES[kind]) for kind in RELUS}
-    training = model.training
-    model.eval()
-    try:
-        walk(model, box, rules)
-    finally:
-        model.train(training)
-    return torch.cat(found).mean() if found else box.lower.new_zeros(())
+    with not_learning(model):
+        statistics = statistics_of(model, x)
+    with resting(model, statistics):
+        walk(model, Interval((x - eps).clamp(0, 1), (x + eps).clamp(0, 1)), rules)
+    return torch.cat(found).mean() if found else x.new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,4 @@ class NRSLoss(IMP):
             yield replace(phase, penalty=self._penalty)
 
     def _penalty(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        radius = float(self.eps)
-        return self.weight * instability(model, Interval((x - radius).clamp(0, 1), (x + radius).clamp(0, 1)))
+        return self.weight * instability(model, x, float(self.eps))

@@ -68,6 +68,11 @@ def forget_(optimizer: torch.optim.Optimizer, weight: nn.Parameter, where: Tenso
             value.masked_fill_(where, 0.0)
 
 
+def due(progress: Progress, every: int) -> bool:
+    """Whether to rewire: every so many steps, but not in the last epoch, so that what has grown meets every image."""
+    return progress.step > 0 and progress.step % every == 0 and progress.epoch < progress.epochs - 1
+
+
 def evenly(step: Step, part: OpenMask, share: float) -> tuple[int, int]:
     """(how many weights a layer drops, how many it grows): its share of both."""
     moved = floor(share * int(part.mask.sum()))
@@ -103,7 +108,7 @@ class RigL:
 
     Evci et al. 2020 (arXiv 1911.11134). `allocation` shares the budget floor(density N) among the layers: erk, or uniform with a
     dense first layer. Every `every` steps up to the share `until` of the training, alpha/2 (1 + cos(pi t / until)) of each layer
-    moves. `rescale` multiplies the first weights by the layer's kept share^-1/2.
+    moves, but nothing in the last epoch. `rescale` multiplies the first weights by the layer's kept share^-1/2.
     """
 
     allocation: Literal["erk", "uniform"] = "erk"
@@ -122,7 +127,7 @@ class RigL:
     def share(self, progress: Progress) -> float:
         """The fraction of each layer that moves at this step; 0 where none does."""
         end = self.until * progress.steps
-        if progress.step == 0 or progress.step % self.every or progress.step >= end:
+        if not due(progress, self.every) or progress.step >= end:
             return 0.0
         return self.alpha / 2 * (1 + cos(pi * progress.step / end))
 

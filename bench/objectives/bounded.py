@@ -14,8 +14,8 @@ from verifiers.backward import crown_ibp_margins
 from verifiers.ball import Interval
 from verifiers.bounds import ibp_margins
 
+from ..modes import clean_pass, evaluating, resting, statistics_of
 from ..train import Progress
-from .modes import clean_pass, evaluating, resting, statistics_of
 
 CLIPS = ("unit", "tensor")
 
@@ -122,8 +122,8 @@ def _attack(eps: Fraction, steps: int, step_size: Fraction | None = None) -> PGD
 class SABR:
     """Cross-entropy of the worst logits by interval bounds on a small box inside the ball (linf), around a PGD point.
 
-    Mueller et al. 2023 (arXiv 2210.04871). The box has radius share * eps, its centre is found by `steps` of PGD in eval mode
-    in the ball of radius (1 - share) * eps; both are cut with [0,1]. eps grows from 0 over the phase's ramp.
+    Mueller et al. 2023 (arXiv 2210.04871). The box has radius share * eps, its centre is found by `steps` of PGD in eval mode,
+    each a quarter of the radius (1 - share) * eps of their ball; both are cut with [0,1]. eps grows from 0 over the phase's ramp.
     """
 
     eps: Fraction = Fraction(8, 255)

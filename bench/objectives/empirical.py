@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from attacks import lp
 from attacks.pgd import PGD
 
+from ..modes import evaluating
 from ..train import Benign, Progress
-from .modes import evaluating
 
-__all__ = ["Benign", "FastTraining", "FreeTraining", "PGDTraining", "Trades", "evaluating"]
+__all__ = ["Benign", "FastTraining", "FreeTraining", "PGDTraining", "Trades"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class FreeTraining:
 class Trades:
     """Clean cross-entropy plus beta times KL(p(x) || p(x_adv)), both differentiated. Zhang et al. 2019 (arXiv 1901.08573).
 
-    This is HYDRA's "adv". x_adv ascends the KL from x + 0.001 N(0, I); the KL is a batch mean (total / N).
+    This is HYDRA's "adv". x_adv ascends the KL from x + 0.001 N(0, I) in steps of step_size (default eps/4, in l2 2 eps/steps);
+    the KL is a batch mean (total / N).
     """
 
     norm: str = "linf"
@@ -131,7 +132,8 @@ class Trades:
 
     def _attack(self, model: nn.Module, x: Tensor) -> Tensor:
         eps = float(self.eps)
-        step = eps / 4 if self.step_size is None else float(self.step_size)
+        default = 2 * eps / self.steps if self.norm == "l2" else eps / 4
+        step = default if self.step_size is None else float(self.step_size)
         with torch.no_grad():
             target = model(x).log_softmax(1)
         x_adv = lp.clip_to_ball(x + 0.001 * torch.randn_like(x), x, self.norm, eps)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from verifiers.symbolic import symbolic_margins
 
+from ..modes import clean_pass, resting
 from ..train import Progress
 from .bounded import box_around, check_clip, check_eps, check_share, worst_case_loss
-from .modes import clean_pass, resting
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modes import evaluating
 from ..train import Progress
-from .modes import evaluating
 
 
 def ascend_penalised(loss: Callable[[Tensor], Tensor], x: Tensor, gamma: float, steps: int, clip: bool) -> Tensor:

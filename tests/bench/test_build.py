@@ -48,7 +48,9 @@ def test_fractions_are_read_by_their_digits(text: Any, value: Fraction) -> None:
     assert fraction(text, "eps") == value
 
 
-@pytest.mark.parametrize("text", ["eight", "", "8/0", "8//255", None, True, [1], "nan", float("nan"), float("inf")])
+@pytest.mark.parametrize("text", [
+    "eight", "", "\uff18/255", "0.\uff11", "8/0", "8//255", None, True, [1], "nan", float("nan"), float("inf"),
+])  # fmt: skip
 def test_what_is_no_fraction_is_named_with_two_examples(text: Any) -> None:
     with pytest.raises(UserError, match=r"eps must be a fraction such as 8/255 or a decimal such as 0\.1, got") as caught:
         fraction(text, "eps")
@@ -164,6 +166,10 @@ def test_an_unknown_name_offers_the_nearest_known_one(kind: str, wrong: str, rig
     assert f"unknown {kind} {wrong!r}; did you mean {right!r}?" in sentence
 
 
+def test_an_unknown_attack_is_answered_with_where_all_of_them_are() -> None:
+    assert refused("attack", {"name": "pgdd"}).endswith("did you mean 'pgd'?; `sparsecert list attacks` shows them all")
+
+
 def test_a_name_like_no_other_lists_what_there_is() -> None:
     sentence = refused("method", {"name": "zzzzzz"})
     assert f"known: {', '.join(sorted(CATALOGUES['method']))}" in sentence
@@ -241,7 +247,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Unreadable:
-    value: NoSuchType = 1
+    value: "NoSuchType" = 1
 
 def function():
     pass
@@ -266,6 +272,17 @@ def test_a_module_plug_in_is_imported_by_its_dotted_path(plugin: Path, monkeypat
     monkeypatch.syspath_prepend(str(plugin.parent))
     assert build("method", {"name": "mine:Mine", "steps": 5}).steps == 5
     assert build("method", {"name": "bench.methods.hydra:HYDRA"}) == HYDRA()
+
+
+def test_a_file_plug_in_is_what_the_file_says_now(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own cache cannot tell two texts of one length that were written within a second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    plugin.write_text(PLUGIN.replace("from __future__ import annotations", ""))
+    assert build("objective", {"name": f"{plugin}:Mine"}).steps == 3
+    plugin.write_text(plugin.read_text().replace("steps: int = 3", "steps: int = 4"))
+    again = build("objective", {"name": f"{plugin}:Mine"})
+    assert again.steps == 4
+    assert type(again).__dataclass_fields__["eps"].type is Fraction, "compiled with another file's __future__"
 
 
 @pytest.mark.parametrize("what", ["Plain", "function", "Fraction", ""])

@@ -271,7 +271,8 @@ def test_a_fingerprint_changes_with_every_field_of_a_cell(read: Read, name: str)
 def test_a_fingerprint_changes_with_every_number_of_the_budget(read: Read, one: Any) -> None:
     cell = cell_of(read(), "pgd")
     words = {
-        "optimizer": "adam", "ramp": 0.25, "wait": 0.1, "init": "ibp", "schedule": "step", "milestones": (0.25,), "precision": "bf16"
+        "optimizer": "adam", "ramp": 0.25, "wait": 0.1, "init": "ibp", "schedule": "step", "milestones": (0.25,),
+        "precision": "bf16",
     }  # fmt: skip
     value = words.get(one.name) or getattr(cell.budget, one.name) + 1
     assert replace(cell, budget=replace(cell.budget, **{one.name: value})).fingerprint != cell.fingerprint

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,15 @@ import pytest
 import torch
 
 import bench.certify
+import bench.question
 from bench.__main__ import main
+from bench.build import plain
 from bench.checkpoints import Card, save_checkpoint
+from bench.commands.certify import _question, certify
+from bench.commands.listing import catalogue
 from bench.data import load
 from bench.models import build_model
+from bench.question import prepare
 from verifiers.smoothing import certified_radius
 
 VERDICTS = {"misclassified", "broken", "certified", "open", "abstain", "timeout", "error"}
@@ -168,3 +176,144 @@ def test_a_users_own_network_and_images_are_certified(trained: Path, tmp_path: P
     ours = answer(capsys, trained, "--eps", "1/100", "--limit", 30)
     assert [row["verdict"] for row in own["rows"]] == [row["verdict"] for row in ours["rows"]]
     assert "module." in own["layout"] + " ".join(own["notes"])
+
+
+# ---- what is kept, and what is not -----------------------------------------------------------------------------------
+
+OWN = """
+from collections import OrderedDict
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        return SIGN * super().forward(x)
+
+def build():
+    first, last = [("flat", nn.Flatten()), ("fc1", nn.Linear(64, 128)), ("a", nn.ReLU())], [("fc3", nn.Linear(128, 10))]
+    return Net(OrderedDict([*first, ("fc2", nn.Linear(128, 128)), ("b", nn.ReLU()), *last]))
+"""
+PLUGIN = """
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+
+from verifiers import Proof, UnsupportedNetworkError
+
+@dataclass(frozen=True)
+class Cautious:
+    norm: str = "linf"
+    eps: Fraction = Fraction(1, 10)
+    deterministic: ClassVar[bool] = True
+
+    def __call__(self, model, x, y):
+        radius = torch.full((len(x),), RADIUS, dtype=torch.float64)
+        notes = (f"from image {float(x.sum()):.3f}",)
+        return Proof(radius, radius + math.inf, y, ("proved" if RADIUS else "open",) * len(x), notes=notes)
+
+class Refuses(Cautious):
+    def __call__(self, model, x, y):
+        raise UnsupportedNetworkError(f"no rule for image {float(x.sum()):.3f}")
+"""
+
+
+def test_an_edited_network_takes_no_kept_answers(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, found = tmp_path / "mine.py", []
+    for sign in ("+1", "-1"):
+        source.write_text(OWN.replace("SIGN", sign))
+        words = ("--arch", f"{source}:build", "--verifier", "ibp", "--limit", 10, "--out", tmp_path / "out")
+        found.append(answer(capsys, trained, *words))
+        assert found[-1]["asked"]["arch_digest"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert found[0]["summary"]["clean"] > 5 > found[1]["summary"]["clean"]
+
+
+def test_an_edited_plug_in_takes_no_kept_answers(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, found = tmp_path / "mine.py", []
+    for radius in ("1e-9", "0.00"):
+        source.write_text(PLUGIN.replace("RADIUS", radius))
+        words = ("--eps", "1/1000000000", "--verifier", f"{source}:Cautious", "--limit", 10, "--out", tmp_path / "out")
+        found.append(answer(capsys, trained, *words))
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        assert found[-1]["asked"]["plugins"] == {f"{source}:Cautious": digest}
+    assert found[0]["summary"]["certified"] > 5
+    assert found[1]["summary"]["certified"] == 0
+    assert all(row["margin"] is None for row in found[0]["rows"]), "an infinite margin is no JSON number"
+
+
+def test_other_packages_are_another_question(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (trained, "--verifier", "ibp", "--attack", "fgsm", "--limit", 2)
+    before = [answer(capsys, *words)["asked"]["fingerprint"] for _ in range(2)]
+    assert before[0] == before[1]
+    monkeypatch.setattr(bench.question, "packages", lambda: {"torch": "another"})
+    assert answer(capsys, *words)["asked"]["fingerprint"] != before[0]
+
+
+def test_a_resumed_run_says_what_the_uninterrupted_one_said(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(PLUGIN.replace("RADIUS", "0.0"))
+    words = [trained, "--verifier", f"{source}:Cautious", "--verifier", f"{source}:Refuses", "--curve", "1/100", "--limit", 20]
+    words += ["--batch-size", 10, "--out", tmp_path / "out"]
+    whole = answer(capsys, *words)
+    assert len(whole["lowering"]) == len(whole["warnings"]) == 2, "one of each batch"
+    monkeypatch.setattr(bench.certify, "evaluate", None)
+    monkeypatch.setattr(bench.certify, "measure", None)
+    again = answer(capsys, *words, "--total-time-limit", 1e-9)
+    assert again["summary"]["seconds"].pop("total") >= sum(again["summary"]["seconds"].values()) > 0
+    whole["summary"]["seconds"].pop("total")
+    assert {**again, "summary": again["summary"]} == whole
+
+
+def test_time_that_ran_out_takes_nothing_from_what_is_kept(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two batches the second one's files are lost; the first is taken whatever the clock says."""
+    words = [trained, "--eps", "1/100", "--curve", "1/50", "--batch-size", 10, "--out", tmp_path]
+    first = answer(capsys, *words, "--limit", 20)
+    for path in (tmp_path / "batches").rglob("00000010.parquet"):
+        path.unlink()
+    later = answer(capsys, *words, "--limit", 20, "--total-time-limit", 1e-9)
+    assert later["rows"][:10] == first["rows"][:10]
+    assert [row["verdict"] for row in later["rows"][10:]] == ["timeout"] * 10
+    assert {point["n"] for point in later["curve"]} == {10}
+
+
+def test_beside_a_deterministic_verifier_the_radius_of_a_row_is_the_networks(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--norm", "l2", "--eps", "0.01", "--verifier", "smoothing", "--verifier", "ibp", "--n", 200, "--limit", 10)
+    rows = answer(capsys, trained, *words, "--attack", "fgsm")["rows"]
+    assert any(row["smoothing"]["radius"] > row["ibp"]["radius"] for row in rows)
+    assert all(row["radius"] == row["ibp"]["radius"] for row in rows)
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (("--mean", "nan"), "mean must be finite"), (("--std", "inf"), "std must be positive and finite"),
+    (("--std", "1e-46"), "std must be positive and finite"), (("--eps", "\uff18/255"), "must be a fraction"),
+    (("--verifier", "smoothing", "--norm", "l2", "--rule", "sequential", "--grid", "1/0"), "--grid must be a fraction"),
+])  # fmt: skip
+def test_numbers_that_are_none_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], complaint: str
+) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(trained), tmp_path / "net.pt")
+    assert main(["certify", str(tmp_path / "net.pt"), "--data", "digits", *words]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 1
+    assert complaint in shown[0]
+
+
+def test_the_list_of_verifiers_says_what_certify_asks_with(trained: Path) -> None:
+    options = {name: one.default for name, one in inspect.signature(certify).parameters.items()}
+    for entry in catalogue("verifiers"):
+        norm = entry["fields"]["norm"]
+        asked = _question({**options, "checkpoint": trained, "limit": 1, "norm": norm, "verifier": [entry["name"]], "attack": []})
+        (one,) = prepare(asked, torch.device("cpu")).verifiers
+        said = {**entry["fields"], **entry["certify"]}
+        assert {**plain(one.tool), "eps": Fraction(plain(one.tool)["eps"])} == {**said, "eps": Fraction(said["eps"])}

@@ -314,6 +314,7 @@ def test_cifar10_is_read_from_pickles_of_every_protocol(
 
 
 def test_cifar10_is_read_from_the_pickles_of_python_2(tmp_path: Path) -> None:
+    # the test's own bytes, plain numbers only: Python's own reader agrees that they are such a pickle
     by_library = pickle.loads(python2_pickle(CIFAR[0][0].reshape(-1, 3072), CIFAR[0][1]), encoding="latin1")
     np.testing.assert_array_equal(by_library["data"], CIFAR[0][0].reshape(-1, 3072))
     write_python(tmp_path, python2_pickle)
@@ -342,7 +343,7 @@ def test_a_malicious_pickle_is_refused_and_never_runs(tmp_path: Path, protocol: 
         load("cifar10", tmp_path)
     assert "--data-dir" in str(caught.value)
     assert not (tmp_path / "sprung").exists()
-    pickle.loads((tmp_path / "data_batch_1").read_bytes())
+    pickle.loads((tmp_path / "data_batch_1").read_bytes())  # this test's own harmless payload, unpickled on purpose: it is live
     assert (tmp_path / "sprung").exists(), "the trap does not work, so the test proves nothing"
 
 

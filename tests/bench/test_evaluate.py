@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attacks import FGSM, PGD
 from bench.cells import Assignment
 from bench.data import Split
+from bench.errors import UserError
 from bench.evaluate import ContradictionError, Evaluation, evaluate, predict
 from bench.threat import Threat, distance, within
 from bench.train import Phase, Training, run_phase
@@ -152,6 +153,38 @@ def test_every_kind_of_verdict_on_one_pixel() -> None:
     margin = out.rows["margin:knows"].tolist()
     assert margin[:2] == pytest.approx([0.3, -0.05], abs=1e-6)
     assert math.isnan(margin[2])
+
+
+class NoNumber(nn.Module):
+    """`one_pixel`, but one logit of class 0 is `value` where the pixel is above 3/4."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.net = value, one_pixel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.flatten(1) > 0.75, torch.tensor([self.value, 0.0]).to(x), self.net(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_image_without_finite_logits_has_no_class_and_is_never_certified(value: float) -> None:
+    out = judged(NoNumber(value), images(0.7, 0.8, 0.8), [0, 0, 1], [], [Claims()])
+    assert out.rows["predicted"].tolist() == [0, -1, -1]
+    assert verdicts(out) == ["certified", "misclassified", "misclassified"]
+    assert out.rows["radius:claims"].tolist() == [0.1, 0, 0]
+
+
+def test_an_attack_that_reaches_logits_without_a_number_has_broken_the_image() -> None:
+    out = judged(NoNumber(float("nan")), images(0.7), [0], [Proposes(lambda x: x + 0.08)])
+    assert verdicts(out) == ["broken"]
+    with pytest.raises(ContradictionError):
+        judged(NoNumber(float("nan")), images(0.7), [0], [Proposes(lambda x: x + 0.08)], [Claims()])
+
+
+@pytest.mark.parametrize("radius", [float("nan"), float("inf"), -0.1])
+def test_a_radius_that_is_no_finite_number_from_0_is_refused(radius: float) -> None:
+    with pytest.raises(UserError, match="'claims' returned a radius that is no finite number"):
+        judged(one_pixel(), images(0.9), [0], [], [Claims(radius)])
 
 
 def test_neither_broken_nor_certified_is_open() -> None:

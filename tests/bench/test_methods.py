@@ -37,7 +37,7 @@ PHASES = {
     "nap": ["pretrain", "finetune"],
     "ap": ["pretrain", "finetune"],
     "al0": ["pretrain", "project"],
-    "imp": [*(f"round-{at}" for at in range(1, 12)), "train"],  # 0.8^11 < 1/10 < 0.8^10
+    "imp": [*(f"round-{at}" for at in range(1, 12)), "train"],  # 0.8^11 < 1/10 < 0.8^10, in eleven epochs or more
     "channel": ["pretrain", "finetune"],
     "harp": ["pretrain", "prune", "finetune"],
     "flyingbird": ["train"],
@@ -128,7 +128,7 @@ def test_a_method_meets_its_density_and_returns_the_network_it_trained(
 @pytest.mark.parametrize("name", PHASES)
 def test_phases_come_in_the_order_of_the_paper(net_of: Net, training_of: Trainings, name: str) -> None:
     method = Watched(METHODS[name]())
-    fit(net_of(), method, TENTH, training_of(pretrain=1, prune=1, finetune=1))
+    fit(net_of(), method, TENTH, training_of(pretrain=10, prune=1, finetune=1))
     assert method.phases == PHASES[name]
 
 
@@ -244,6 +244,13 @@ def test_the_prune_phase_trains_scores_and_batchnorm_only(net_of: Net, training_
     scores = {name for name, _ in model.named_parameters() if name.endswith("scores")}
     assert len(scores) == 3
     assert scores_and_batchnorm(model) == scores | {"1.weight", "1.bias"}
+
+
+def test_the_prune_phase_trains_the_norm_layers_of_a_users_own_network_too() -> None:
+    """Those that `decay_all = false` keeps from weight decay, too."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    assert scores_and_batchnorm(model) == {"1.weight", "1.bias"}
+    assert scores_and_batchnorm(nn.Sequential(nn.InstanceNorm2d(3, affine=True))) == {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

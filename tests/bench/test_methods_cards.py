@@ -36,6 +36,8 @@ from bench.methods import (
     STR,
     ChannelPruning,
     FlyingBird,
+    FlyingBirdPlus,
+    NRSLoss,
     PwoA,
     RigL,
     TwinRep,
@@ -210,15 +212,23 @@ def test_a_large_rho_pulls_weights_onto_their_duplicate_monotonically() -> None:
     assert distances[-1] < 0.2 * distances[0]
 
 
-@pytest.mark.parametrize("epochs, updates, expected", [(200, 9, 9), (20, 9, 9), (7, 2, 3), (3, 9, 2), (5, 0, 0), (1, 9, 0)])
+@pytest.mark.parametrize(
+    "epochs, updates, expected",
+    [(200, 9, 9), (199, 9, 9), (29, 9, 9), (20, 9, 9), (19, 9, 9), (15, 9, 9), (7, 2, 2), (3, 9, 2), (5, 0, 0), (1, 9, 0)],
+)
 def test_the_dual_is_updated_evenly_and_never_at_the_end(epochs: int, updates: int, expected: int) -> None:
     """The card's 200 epochs with T = 20 make 9 updates; rho then is 1e-3 * 1.3^9 = 0.0106."""
     model = one_layer([[3.0, 1.0]])
     attach(model[0], Anchor(model[0].weight, 1, rho=1e-3))
     ((anchor, _),) = anchored(model)
+    at = [0]
     for epoch in range(1, epochs + 1):
+        before = float(anchor.rho)
         ADMM(updates=updates)._update(SimpleNamespace(model=model, progress=Progress(4 * epoch, 4 * epochs, 0, epochs)))
+        at += [epoch] * (float(anchor.rho) > before)
     assert float(anchor.rho) == pytest.approx(1e-3 * 1.3**expected, rel=1e-5)
+    gaps = {later - earlier for earlier, later in itertools.pairwise([*at, epochs])}
+    assert max(gaps) - min(gaps) <= 1
 
 
 # ---- SNIP ------------------------------------------------------------------------------------------------------------
@@ -390,10 +400,26 @@ def test_dropping_and_growing_by_hand() -> None:
 
 def test_the_share_that_moves_falls_from_alpha_to_nothing() -> None:
     method = RigL(alpha=0.3, every=10, until=0.75)
-    shares = {step: method.share(Progress(step, 1000)) for step in range(1000)}
+    shares = {step: method.share(Progress(step, 1000, 0, 10)) for step in range(1000)}
     assert shares[10] == pytest.approx(0.3, abs=1e-3)
     assert shares[740] == pytest.approx(0.0, abs=1e-3)
     assert {step for step, share in shares.items() if share > 0} == set(range(10, 750, 10))
+
+
+@pytest.mark.parametrize("kind", [FlyingBird, FlyingBirdPlus])
+def test_whatever_is_grown_is_still_trained_so_the_count_is_exact(net_of: Net, training_of: Trainings, kind: Any) -> None:
+    """Step 17 would be a rewiring, and is the last of 18: what grew there would stay 0."""
+    model, training = net_of(), training_of()
+    assert training.progress(training.train(), 0).steps == 18
+    fit(model, kind("erk", every=17), THIRD, training)
+    assert sum(counts(model).values()) == 369
+
+
+@pytest.mark.parametrize("method", [FlyingBird(every=3), RigL(every=3, until=1.0)], ids=repr)
+@pytest.mark.parametrize("epochs, rewired", [(4, {3, 6, 9, 12}), (3, {3, 6, 9}), (2, {3}), (1, set())])
+def test_the_last_epoch_rewires_nothing(method: Any, epochs: int, rewired: set[int]) -> None:
+    """Five steps to an epoch."""
+    assert {step for step in range(5 * epochs) if method.share(Progress(step, 5 * epochs, 0, epochs)) > 0} == rewired
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -554,6 +580,21 @@ def test_a_round_drops_its_share_and_99_percent_takes_21_rounds() -> None:
     assert IMP().kept(100, Fraction(1)) == [100]
 
 
+@pytest.mark.parametrize("method", [IMP(), NRSLoss(weight=0.0)], ids=repr)
+def test_no_round_is_without_an_epoch_of_training(net_of: Net, training_of: Trainings, method: Any) -> None:
+    """21 rounds do not fit into 6 epochs: 6 rounds of one epoch each, of which each keeps the same share of what was left."""
+    model, kept = net_of(), []
+    hundredth = Fraction(1, 100)
+    for phase in method(model, hundredth, training_of(pretrain=4, prune=2)):
+        kept.append(sum(counts(model).values()))
+        if phase.name.startswith("round"):
+            assert phase.epochs == 1
+    assert kept == pytest.approx([1108 * (11 / 1108) ** (at / 6) for at in range(7)], abs=1)
+    assert kept[-1] == 11
+    assert method.kept(1108, hundredth, most=0) == [11]
+    assert method.kept(1108, hundredth, most=100) == method.kept(1108, hundredth)
+
+
 def test_tickets_spend_the_budget_of_the_others_unless_they_are_to_be_searched_in_full(
     net_of: Net, training_of: Trainings
 ) -> None:
@@ -663,7 +704,7 @@ def test_flying_bird_with_a_fixed_share_is_rigl_with_its_shares(net_of: Net, tra
 
     class Flat(RigL):
         def share(self, progress: Progress) -> float:
-            return 0.3 if progress.step and progress.step % 4 == 0 else 0.0
+            return 0.3 if progress.step in (4, 8, 12) else 0.0
 
     training = training_of()
     bird = fit(net_of(), FlyingBird("erk", first=0.3, last=0.3, every=4), THIRD, training)
@@ -673,9 +714,9 @@ def test_flying_bird_with_a_fixed_share_is_rigl_with_its_shares(net_of: Net, tra
 
 def test_flying_birds_share_falls_from_half_to_almost_nothing() -> None:
     method = FlyingBird(every=1)
-    assert method.share(Progress(1, 10_000)) == pytest.approx(0.5, abs=1e-4)
-    assert method.share(Progress(5000, 10_000)) == pytest.approx(0.2525)
-    assert method.share(Progress(9999, 10_000)) == pytest.approx(0.005, abs=1e-4)
+    assert method.share(Progress(1, 10_000, 0, 100)) == pytest.approx(0.5, abs=1e-4)
+    assert method.share(Progress(5000, 10_000, 0, 100)) == pytest.approx(0.2525)
+    assert method.share(Progress(9899, 10_000, 0, 100)) == pytest.approx(0.005, abs=2e-4)
 
 
 # ---- TwinRep ---------------------------------------------------------------------------------------------------------

@@ -267,18 +267,41 @@ def test_the_mean_is_over_all_neurons_before_a_relu_with_the_scale_of_their_batc
         model[1].running_var.fill_(0.7)
     x = toy.pixels(slice(5))
     box = Interval((x - 0.05).clamp(0, 1), (x + 0.05).clamp(0, 1))
-    model.eval()
+    model.eval()  # with the running statistics
     first, second = ibp_logits(model[:2], box), ibp_logits(model[:5], box)
     square = torch.tensor([0.25, 1.0, 4.0, 9.0]).view(1, 4, 1, 1)
     each = torch.cat([
         -torch.tanh(1 + first.lower * first.upper / square).flatten(), -torch.tanh(1 + second.lower * second.upper).flatten()
     ])
     assert len(each) == 5 * (64 + 16)
-    found = instability(model.train(), box)
+    found = instability(model, x, 0.05)
     torch.testing.assert_close(found, each.mean())
-    assert model.training
     found.backward()
     assert model[1].weight.grad is not None  # through the bounds; not through the scale it is divided by
+
+
+def test_the_term_takes_the_clean_batchs_statistics_in_training_and_teaches_batchnorm_nothing(net_of: Net, toy: Split) -> None:
+    """house.md 12.7. Of a network that rests with these very statistics the term is the same."""
+    model, resting, x = net_of(batchnorm=True).train(), net_of(batchnorm=True).eval(), toy.pixels(slice(5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = instability(model, x, 0.05).detach()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    given = resting[0](x).detach().transpose(0, 1).flatten(1)
+    resting[1].running_mean.copy_(given.mean(1))
+    resting[1].running_var.copy_(given.var(1, correction=0))
+    torch.testing.assert_close(found, instability(resting, x, 0.05).detach())
+    untrained = instability(net_of(batchnorm=True).eval(), x, 0.05).detach()
+    assert float(found) != pytest.approx(float(untrained), abs=1e-3)
+
+
+def test_looking_at_a_network_leaves_a_frozen_layer_frozen(net_of: Net, training_of: Trainings, toy: Split) -> None:
+    model = net_of(batchnorm=True).train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    mean_loss(model, training_of())
+    assert [module.training for module in model.modules()] == modes
+    instability(model, toy.pixels(slice(5)), 0.05)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_the_term_without_weight_is_the_tickets_method(net_of: Net, training_of: Trainings) -> None:
@@ -288,13 +311,11 @@ def test_the_term_without_weight_is_the_tickets_method(net_of: Net, training_of:
 
 
 def test_the_term_makes_neurons_stable(net_of: Net, training_of: Trainings, toy: Split) -> None:
-    x = toy.pixels()
-    box = Interval((x - 0.05).clamp(0, 1), (x + 0.05).clamp(0, 1))
     found = []
     for weight in (0.0, 1.0):
         model = net_of()
         fit(model, NRSLoss(one_shot=True, weight=weight, eps=Fraction(1, 20)), THIRD, training_of(pretrain=5, finetune=10))
-        found.append(instability(model, box).item())
+        found.append(instability(model, toy.pixels(), 0.05).item())
     assert found[1] < found[0] - 0.05
 
 

@@ -19,6 +19,7 @@ from bench.build import build, construct
 from bench.data import Split, load
 from bench.methods.hydra import scores_and_batchnorm
 from bench.models import build_model
+from bench.modes import evaluating
 from bench.objectives import (
     MTLIBP,
     OBJECTIVES,
@@ -37,7 +38,6 @@ from bench.objectives import (
     empirical,
 )
 from bench.objectives.bounded import worst_case_loss
-from bench.objectives.empirical import evaluating
 from bench.objectives.wrm import ascend_penalised
 from bench.phases import own_randomness
 from bench.sparsity import TopKScores, attach, kept_of, prunable
@@ -319,6 +319,17 @@ def test_trades_needs_its_start_noise_since_the_kl_has_no_slope_at_x_itself(
     (at_x,), (near_x,) = (kl_slopes(net_of(), batch[0], noise, monkeypatch) for noise in (0.0, 1.0))
     assert at_x < 1e-14
     assert near_x > 1e-6
+
+
+@pytest.mark.parametrize("norm, steps, expected", [("linf", 10, 0.025), ("linf", 40, 0.025), ("l2", 10, 0.02), ("l2", 40, 0.005)])
+def test_trades_default_step_is_that_of_the_card(
+    net_of: Net, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, norm: str, steps: int, expected: float
+) -> None:
+    """methods.md 4.3 at eps 1/10: HYDRA's eps/4 in linf, 2 eps / K in l2."""
+    sizes: list[float] = []
+    monkeypatch.setattr(empirical.lp, "ascend", lambda x_adv, gradient, norm, step: sizes.append(step) or x_adv)
+    Trades(norm=norm, eps=EPS, steps=steps)(net_of(), *batch, FULL)
+    assert sizes == pytest.approx([expected] * steps)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

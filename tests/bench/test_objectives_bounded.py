@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.pgd import PGD
-from bench.data import Split
-from bench.models import build_model
+from bench.data import Split, load
+from bench.methods import Dense
+from bench.models import build_model, initialise_
+from bench.modes import clean_pass, resting, statistics_of
 from bench.objectives import MTLIBP, OBJECTIVES, SABR, CrownIBPTraining, IBPTraining, MixTrain, bounded, mixtrain
 from bench.objectives.bounded import box_around, worst_case_loss
-from bench.objectives.modes import clean_pass, resting, statistics_of
-from bench.train import Progress
+from bench.phases import fit
+from bench.train import Budget, Progress, Training
 from verifiers import UnsupportedNetworkError
 from verifiers.ball import Interval
 from verifiers.bounds import ibp_margins
@@ -283,6 +285,33 @@ def test_mtl_ibp_mixes_the_adversarial_and_the_interval_loss(net_of: Net, batch:
     x_adv = PGD(norm="linf", eps=EPS, steps=8, seed=None, last=True)(model, x, y)
     torch.testing.assert_close(loss(0.0), F.cross_entropy(model(x_adv), y))
     torch.testing.assert_close(loss(0.3), 0.7 * loss(0.0) + 0.3 * loss(1.0))
+
+
+# ---- what is learned -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "objective",
+    [
+        CrownIBPTraining(eps=Fraction(1, 20)),
+        SABR(eps=Fraction(1, 20), share=Fraction(7, 10), steps=4),
+        MTLIBP(eps=Fraction(1, 20), alpha=0.5, steps=4),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_a_network_trained_on_bounds_is_certified_on_digits_it_has_not_seen(objective: Any) -> None:
+    """Not a constant one: from first weights that keep bounds small, after some epochs at eps 0. Dense, cnn_small, seed 0."""
+    data, shape = load("digits"), (1, 8, 8)
+    budget = Budget(25, 0, 0, lr=2e-3, batch=64, optimizer="adam", weight_decay=0.0, init="ibp", wait=0.1, ramp=0.6)
+    model = initialise_(build_model("cnn_small", shape, 10), budget.init, seed=0)
+    fit(model, Dense(), Fraction(1), Training(objective, data.train, budget))
+    x, y = data.test.pixels(), data.test.labels
+    with torch.no_grad():
+        classes = model.eval()(x).argmax(1).unique()
+        margins = ibp_margins(model, box_around(x, 0.05), y).scatter(1, y[:, None], torch.inf).amin(1)
+    assert len(classes) > 5
+    assert float((margins > 0).double().mean()) > 0.4
 
 
 # ---- MixTrain ------------------------------------------------------------------------------------------------------------

@@ -169,6 +169,16 @@ FORMS: dict[str, tuple[list[Any], dict[str, np.ndarray], list[Any]]] = {
          ("GlobalAveragePool", "r", "g"), ("Squeeze", "g ends", "f"), ("Gemm", "f V", "Y")],
         {"K": random(2, 1, 3, 3), "L": random(3, 1, 3, 3), "ends": np.array([2, 3]), "V": random(5, 3)}, ["N", 1, 5, 5],
     ),
+    "constants as bare numbers, and a division by a power of two": (
+        [("Constant", "", "b", {"value_floats": [0.1, -0.7, 0.3, 0.9, -0.2]}), ("Constant", "", "tenth", {"value_float": 0.1}),
+         ("Constant", "", "to", {"value_ints": [1, 5]}), ("MatMul", "X W", "h"), ("Add", "h b", "a"), ("Mul", "a tenth", "m"),
+         ("Relu", "m", "r"), ("Div", "r quarter", "d"), ("Reshape", "d to", "f"), ("MatMul", "f V", "Y")],
+        {"W": random(6, 5), "V": random(5, 3), "quarter": np.float32(-0.25)}, [1, 6],
+    ),
+    "an image divided by three": (
+        [("Div", "X three", "d"), ("Flatten", "d", "f"), ("MatMul", "f V", "Y")],
+        {"three": np.float32(3), "V": random(8, 3)}, ["N", 2, 2, 2],
+    ),
     "batchnorm of constants that are computed": (
         [("Identity", "one", "g"), ("BatchNormalization", "X g b m v", "n", {"momentum": 0.9}), ("Flatten", "n", "f"),
          ("Gemm", "f V", "Y")],
@@ -252,6 +262,11 @@ def with_changes(path: Path, change: Callable[[Any], None]) -> Path:
         ([("MatMul", "X W", "Y")], {"W": random(3, 3) * np.float32(np.nan)}, ["N", 3], "'W' holds NaN"),
         ([("MatMul", "X W", "Y")], {"W": random(3, 3)}, [4, 3], r"N open or 1"),
         ([("MatMul", "X W", "Y")], {"W": random(3, 3)}, ["N", "d"], "all other sides known"),
+        ([("Relu", "X", "r"), ("Div", "r c", "d"), ("Flatten", "d", "Y")], {"c": np.float32(3)}, [1, 3, 1, 1],
+         "division .* exact float32 inverse"),
+        ([("Div", "X c", "Y")], {"c": np.array([1, 2, 3], np.float32)}, [1, 3], "exact float32 inverse"),
+        ([("Div", "X c", "Y")], {"c": np.array([1, 2, 0], np.float32)}, [1, 3], "exact float32 inverse"),
+        ([("Constant", "", "c", {"value_floats": [1.0, 2.0, float("nan")]}), ("Add", "X c", "Y")], {}, [1, 3], "holds NaN"),
         ([("Identity", "W", "Y")], {"W": random(1, 3)}, [1, 3], "does not depend on its input"),
         ([("Reshape", "X to", "h"), ("Flatten", "h", "Y")], {"to": np.array([1, 1, 1, 3])}, [1, 3], "only flattening"),
     ],

@@ -72,13 +72,37 @@ def needs(a, b, c):
     return Net()
 
 constant = 3
+
+class Behaves(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.net = how, Net()
+    def forward(self, x):
+        if self.how == "casts":
+            x = x.float()
+        if self.how == "writes":
+            x.mul_(0.5)
+        if self.how == "detaches":
+            x = x.detach()
+        if self.how == "couples":
+            x = x - x.mean(0)
+        if self.how == "squeezes" and len(x) == 1:
+            raise IndexError("too few")
+        if self.how == "gambles":
+            x = nn.functional.dropout(x)
+        out = self.net(x)
+        return out.float() if self.how == "answers" else out
 """
+BEHAVES = "".join(
+    f"\ndef {how}():\n    return Behaves({how!r})\n"
+    for how in ("casts", "writes", "detaches", "couples", "squeezes", "gambles", "answers")
+)
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "own net.py"
-    path.write_text(SOURCE)
+    path.write_text(SOURCE + BEHAVES)
     return path
 
 
@@ -144,6 +168,23 @@ def test_networks_that_do_not_classify_the_images_are_refused(source: Path, func
     with pytest.raises(UserError) as caught:
         own_network(f"{source}:{function}", names[function]().state_dict(), SHAPE, 3, source)
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("how, complaint", [
+    ("casts", "no x.float()"), ("answers", "answers float64 images in float32"), ("writes", "writes into the images"),
+    ("detaches", "no gradient"), ("couples", "must not be coupled"), ("squeezes", "does not take a single image"),
+])  # fmt: skip
+def test_networks_that_cannot_be_judged_are_refused_in_one_sentence(source: Path, how: str, complaint: str) -> None:
+    state = {f"net.{name}": value for name, value in reference().state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        own_network(f"{source}:{how}", state, SHAPE, 3, source)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_gambles_is_left_to_the_health_flags(source: Path) -> None:
+    state = {f"net.{name}": value for name, value in reference().state_dict().items()}
+    assert own_network(f"{source}:gambles", state, SHAPE, 3, source)(torch.ones(2, *SHAPE)).shape == (2, 3)
 
 
 def test_files_that_are_absent_or_no_python_are_one_sentence(tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ def test_the_worst_case_counts_what_stays_within_the_threat_and_the_counterexamp
     for label in ("wide", "l2"):
         rows[f"survived:{label}"], rows[f"distance:{label}"] = False, 0.2
     outside = metrics_of({**cell, "attacks": [*cell["attacks"], wider, other]}, rows)["robust"]
-    assert outside["worst"] == {"hits": 14, "n": 20} and outside["wide"] == {"hits": 0, "n": 20}
+    assert outside["worst"] == {"hits": 14, "n": 20}
+    assert outside["wide"] == {"hits": 0, "n": 20}
     assert "worst" not in metrics_of({**cell, "attacks": [wider, other]}, rows)["robust"]
     rows["survived:crown"] = rows["index"] >= 3  # as `exact` does: its own counterexamples
     assert metrics_of(cell, rows)["robust"]["worst"] == {"hits": 11, "n": 20}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -170,6 +171,24 @@ def test_a_linear_classifier_is_certified_up_to_its_distance_and_hardly_ever_bey
     assert (distance - proof.radius)[reachable].max() < 0.2
     certified = torch.tensor([status == "proved" for status in proof.status])
     assert torch.equal(certified, proof.radius >= 0.1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", [Smoothing(n=700), Smoothing(n=700, rule="sequential"), Smoothing(n=700, curtail=True)])
+def test_a_draw_without_finite_logits_counts_like_a_draw_for_another_class(value: float, rule: Smoothing) -> None:
+    third, nothing = torch.tensor([0.0, 0.0, 9.0]), torch.tensor([value, 0.0, 0.0])
+
+    def beyond(logits: Tensor) -> nn.Module:
+        """Class 0, but `logits` where the pixel is above 0.7."""
+        return Forward(lambda s, x: torch.where(x.flatten(1) > 0.7, logits, torch.tensor([1.0, 0.0, 0.0])))
+
+    x, y = torch.tensor([0.1, 0.5, 0.7, 5.0]).view(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64)
+    found, wanted = rule(beyond(nothing), x, y), rule(beyond(third), x, y)
+    assert torch.equal(found.radius, wanted.radius)
+    assert found.radius[0] > 0
+    assert found.details["n"][:2].tolist() == wanted.details["n"][:2].tolist()
+    assert found.details["hits"][:2].tolist() == wanted.details["hits"][:2].tolist()
+    assert (found.status[3], int(found.predicted[3]), int(found.details["hits"][3])) == ("abstain", -1, 0)
 
 
 def test_an_image_on_the_boundary_abstains() -> None:

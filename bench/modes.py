@@ -1,4 +1,4 @@
-"""In which state a network stands while something is crafted or bounded, and the clean pass that BatchNorm learns from."""
+"""In which state a network stands while something is crafted, bounded or looked at, and what BatchNorm learns from."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ def clean_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, Statistics]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def not_learning(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it stands, but that its BatchNorm layers keep their running statistics whatever they are given."""
+    kept = [(layer, layer.track_running_stats) for layer in _learning(model)]
+    try:
+        for layer, _ in kept:
+            layer.track_running_stats = False
+        yield model
+    finally:
+        for layer, tracked in kept:
+            layer.track_running_stats = tracked
 
 
 def statistics_of(model: nn.Module, x: Tensor) -> Statistics:
