@@ -157,7 +157,9 @@ def convert(value: Any, hint: Any, what: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple | Mapping):
             raise UserError(f"{what} must be a list, got {value!r}")
-        return tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
+        if isinstance(value, Mapping):
+            return tuple(value.items())
+        return tuple(convert(one, arguments[0], what) for one in value) if arguments[1:] == (...,) else tuple(value)
     return _scalar(value, hint, what)
 
 

@@ -381,3 +381,11 @@ def test_catalogues_hold_what_is_exported() -> None:
     assert CATALOGUES["objective"]["pgd"] is PGDTraining
     assert CATALOGUES["objective"]["stability"] is StabilityTraining
     assert CATALOGUES["verifier"] is VERIFIERS
+
+
+@pytest.mark.parametrize("radius", ["1/0", "1e999999999", "eight", [0.5]])
+def test_a_list_of_fractions_is_read_like_a_fraction(radius: Any) -> None:
+    good = {"name": "smoothing", "rule": "sequential", "eps": "0.25"}
+    assert build("verifier", {**good, "grid": ["1/2", 0.75]}).grid == (Fraction(1, 2), Fraction(3, 4))
+    with pytest.raises(UserError, match="grid"):
+        build("verifier", {**good, "grid": [radius]})
