@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .commands import certify, checking, claims, data, listing, suites  # noqa: F401  (each adds its verbs to the application)
+from .commands import certify, checking, claims, data, listing, plugins, suites  # noqa: F401  (each adds its verbs)
 from .commands.options import app
 from .errors import UserError
 

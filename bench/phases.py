@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import locked, make_folder, write_whole
+from .loop import Epoch, Snapshots, run_phase
 from .provenance import code_digest, identity
 from .sparsity import effective_state, is_attached
-from .train import Budget, Epoch, Phase, PruningMethod, Snapshots, Training, derived_seed, nothing, run_phase
+from .train import Budget, Phase, PruningMethod, Training, derived_seed, nothing
 
 SECONDS_BETWEEN_SNAPSHOTS = 2.0
 CURVE = "curve"  # in a finished phase's metadata: [epoch, loss, gradient] of each epoch

@@ -27,6 +27,7 @@ from .errors import UserError
 from .evaluate import ContradictionError, Evaluation, evaluate
 from .factors import Stored, stored_forms, stored_state
 from .files import make_folder, write_json, write_whole
+from .loop import Epoch
 from .models import build_model, initialise_
 from .outside import own_data, own_training_data
 from .passport import stored_form
@@ -34,7 +35,7 @@ from .phases import fit
 from .provenance import code_digest, provenance, source_digest
 from .selfcheck import stamp
 from .sparsity import budget_of, kept_of, layer_counts
-from .train import Epoch, Training, derived_seed, nothing
+from .train import Training, derived_seed, nothing
 from .witnesses import save_witnesses, witnesses
 
 SCHEMA = 1

@@ -148,11 +148,11 @@ def _verified(ball: Ball) -> Iterator[Check]:
         if name == "smoothing" or (ball.norm == "l2" and name not in L2):
             continue
         tool = build("verifier", {"name": name, "norm": ball.norm, "eps": ball.eps, **FIELDS.get(name, {})})
-        yield Check(ball.name, name, "; ".join(_complaints(name, tool, ball)))
+        yield Check(ball.name, name, "; ".join(complaints(tool, ball, name)))
 
 
-def _complaints(name: str, tool: Any, ball: Ball) -> Iterator[str]:
-    """What is wrong with a deterministic verifier's answers about a ball."""
+def complaints(tool: Any, ball: Ball, name: str = "") -> Iterator[str]:
+    """What is wrong with a deterministic verifier's answers about a ball; of a shipped one, by name, more is known."""
     try:
         proof: Proof = tool(ball.model, ball.x, ball.y)
     except UnsupportedNetworkError as reason:

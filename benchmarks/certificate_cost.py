@@ -2,8 +2,8 @@
 
     python -m benchmarks.certificate_cost CHECKPOINT [--count 1000] [--eps 0.1] [--data DIR]
 
-All in one process on one thread, alternated, medians of CPU seconds. `bounds` are interval bounds in float32, `float64` those of the
-images whose margin float32 cannot decide, `allowance` the rounding error bounds of both; `verifier / arithmetic` holds the
+All in one process on one thread, alternated, medians of CPU seconds. `bounds` are interval bounds in float32, `float64` those of
+the images whose margin float32 cannot decide, `allowance` the rounding error bounds of both; `verifier / arithmetic` holds the
 whole verifier against these three, `verifier / float32 bounds` against the first alone, which proves nothing by itself.
 """
 

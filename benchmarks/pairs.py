@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.data import Split
+from bench.loop import TrainingDivergedError, run_phase
 from bench.models import ARCHITECTURES, build_model
 from bench.objectives import OBJECTIVES, bounded, mixtrain
-from bench.train import Budget, Phase, Step, Training, TrainingDivergedError, run_phase
+from bench.train import Budget, Phase, Step, Training
 from verifiers.ball import Interval
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "objectives_and_architectures.md"

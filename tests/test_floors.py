@@ -30,12 +30,13 @@ imagenet                                   : errors files published
 models                                     : errors | verifiers
 data                                       : errors files readers imagenet published
 train                                      : data
+loop                                       : train
 modes                                      : | verifiers
 objectives                                 : modes train | attacks verifiers
 methods                                    : factors modes sparsity train | attacks verifiers
 build                                      : errors methods objectives | attacks verifiers
 cells                                      : errors threat data models train build | leaderboard
-phases                                     : files provenance sparsity train
+phases                                     : files loop provenance sparsity train
 factors                                    : errors
 layouts                                    : errors factors sparsity
 checkpoints                                : errors factors files models layouts
@@ -46,7 +47,7 @@ outside                                    : errors data models build checkpoint
 evaluate                                   : errors threat train cells | attacks verifiers
 witnesses                                  : errors evaluate files
 selfcheck                                  : build evaluate files provenance threat | leaderboard verifiers
-run          : errors factors files passport provenance sparsity data models train build cells phases checkpoints outside evaluate selfcheck witnesses | leaderboard
+run          : errors factors files loop passport provenance sparsity data models train build cells phases checkpoints outside evaluate selfcheck witnesses | leaderboard
 radii                                      : errors | verifiers
 curve                                      : threat build cells evaluate radii | leaderboard
 report                                     : files | leaderboard
@@ -60,6 +61,7 @@ answer       : build cells question radii sparsity
 certify      : answer build cells curve evaluate export files health onnx_files outside passport question report train | leaderboard
 claims : build cells certify checkpoints curve data errors evaluate health outside provenance question run threat witnesses | leaderboard
 replay       : cells checkpoints claims errors evaluate threat | attacks verifiers
+contracts    : build cells data errors evaluate factors methods objectives phases selfcheck sparsity threat train | attacks verifiers
 workers      : files cells evaluate run
 screen       : workers
 suite        : files cells models run workers screen selfcheck

@@ -18,10 +18,11 @@ from bench.__main__ import main
 from bench.cells import read_suite
 from bench.data import DATASETS
 from bench.errors import UserError
+from bench.loop import Epoch, Snapshots, run_phase
 from bench.methods import HYDRA
 from bench.phases import fit
 from bench.run import Folders, run_cell
-from bench.train import Epoch, Phase, Snapshots, Step, run_phase
+from bench.train import Phase, Step
 from leaderboard.paper_claims import HERE, _has, read_claims
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

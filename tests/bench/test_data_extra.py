@@ -19,10 +19,11 @@ from bench.cells import Cell, read_suite
 from bench.data import Split, batches
 from bench.data.batches import _parts
 from bench.errors import UserError
+from bench.loop import Snapshots, run_phase
 from bench.methods import Dense
 from bench.phases import phase_key
 from bench.run import Folders, dataset, run_cell
-from bench.train import Phase, Snapshots, Training, run_phase
+from bench.train import Phase, Training
 
 Trainings = Callable[..., Training]
 CPU = torch.device("cpu")

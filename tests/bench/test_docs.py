@@ -9,6 +9,7 @@ import pytest
 
 from bench.build import build
 from bench.cells import read_suite
+from bench.contracts import findings, kind_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -25,15 +26,17 @@ def test_the_suite_of_the_suites_page_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind, name", [("objective", "LabelSmoothing"), ("attack", "Darken"), ("verifier", "Timid")])
-def test_the_plug_ins_of_the_page_are_built(tmp_path: Path, kind: str, name: str) -> None:
+def test_the_plug_ins_of_the_page_are_built_and_keep_their_contracts(tmp_path: Path, kind: str, name: str) -> None:
     (text,) = blocks("add_a_plugin.md", "python")
     path = tmp_path / "plugin.py"
     path.write_text(text)
     assert type(build(kind, {"name": f"{path}:{name}"})).__name__ == name
+    assert kind_of(f"{path}:{name}") == kind
+    assert [one for one in findings(kind, f"{path}:{name}") if one.why] == []
 
 
-def test_the_method_of_the_page_is_built(tmp_path: Path) -> None:
+def test_the_method_of_the_page_keeps_its_contracts(tmp_path: Path) -> None:
     _, text = blocks("add_a_method.md", "python")
     path = tmp_path / "method.py"
     path.write_text(text)
-    assert build("method", {"name": f"{path}:FanInMagnitude"}) is not None
+    assert [one for one in findings("method", f"{path}:FanInMagnitude") if one.why] == []

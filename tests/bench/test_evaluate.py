@@ -18,8 +18,9 @@ from bench.cells import Assignment
 from bench.data import Split
 from bench.errors import UserError
 from bench.evaluate import ContradictionError, Evaluation, evaluate, predict
+from bench.loop import run_phase
 from bench.threat import Threat, distance, within
-from bench.train import Phase, Training, run_phase
+from bench.train import Phase, Training
 from leaderboard.row_checks import problems
 from leaderboard.stats import metrics_of
 from verifiers import IBP, Crown, Proof, Smoothing, UnsupportedNetworkError

@@ -24,6 +24,7 @@ from bench.cells import read_suite
 from bench.checkpoints import read as read_checkpoint
 from bench.claims import Outside, claims_of_record
 from bench.factors import stored_forms, stored_state
+from bench.loop import run_phase
 from bench.methods import AL0, ALR, ATMC, ATMC8, METHODS, Uniform8Bit, atmc, code_books
 from bench.methods.atmc import BookAnchor, Factored, book_anchors, factor_budget, factorised, factors
 from bench.methods.code_books import even_levels, learned_book
@@ -33,7 +34,7 @@ from bench.objectives import StabilityTraining
 from bench.phases import fit
 from bench.run import Folders, run_cell
 from bench.sparsity import attach, prunable
-from bench.train import Phase, Step, Training, run_phase
+from bench.train import Phase, Step, Training
 from leaderboard.canonical import digest, sha256_file
 from leaderboard.checks import check
 from leaderboard.record import read

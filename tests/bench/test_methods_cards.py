@@ -22,6 +22,7 @@ from bench import phases
 from bench.build import build
 from bench.data import Split
 from bench.errors import UserError
+from bench.loop import run_phase
 from bench.methods import (
     ADMM,
     AL0,
@@ -57,7 +58,7 @@ from bench.objectives import Benign, PGDTraining, StabilityTraining
 from bench.phases import fit
 from bench.run import sparsity_of
 from bench.sparsity import OpenMask, attach, budget_of, density_of, effective_state, keep_largest_of_all, prunable, weights
-from bench.train import Phase, Progress, Training, run_phase
+from bench.train import Phase, Progress, Training
 
 Net = Callable[..., nn.Sequential]
 Trainings = Callable[..., Training]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench.cells import read_suite
 from bench.data import Split
+from bench.loop import run_phase
 from bench.methods import IMP, MAD, METHODS, FlyingBird, FlyingBirdPlus, NRSLoss
 from bench.methods.flying_bird import mean_loss, rose, set_apart
 from bench.methods.mad import ONE, inputs_and_slopes, keep_salient, masked_weights, ranks, saliency, soft_masks
@@ -27,7 +28,7 @@ from bench.objectives import Benign, PGDTraining
 from bench.phases import fit
 from bench.run import Folders, run_cell
 from bench.sparsity import prunable, weights
-from bench.train import Training, run_phase
+from bench.train import Training
 from verifiers.ball import Interval
 from verifiers.bounds import ibp_logits
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bench.build import build, construct
 from bench.data import Split, load
+from bench.loop import run_phase
 from bench.methods.hydra import scores_and_batchnorm
 from bench.models import build_model
 from bench.modes import evaluating
@@ -41,7 +42,7 @@ from bench.objectives.bounded import worst_case_loss
 from bench.objectives.wrm import ascend_penalised
 from bench.phases import own_randomness
 from bench.sparsity import TopKScores, attach, kept_of, prunable
-from bench.train import Budget, Phase, Progress, Step, Training, run_phase
+from bench.train import Budget, Phase, Progress, Step, Training
 
 Net = Callable[..., nn.Sequential]
 EPS = Fraction(1, 10)

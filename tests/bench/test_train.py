@@ -18,21 +18,12 @@ from torch import Tensor, nn
 
 from attacks.pgd import FGSM
 from bench.data import Split, batches
+from bench.loop import Snapshots, TrainingDivergedError, run_phase
 from bench.methods import HYDRA
 from bench.objectives import OBJECTIVES, Benign, FreeTraining, IBPTraining, PGDTraining, StabilityTraining
 from bench.phases import fit, own_randomness
 from bench.sparsity import keep_largest, mask_layers, weights
-from bench.train import (
-    Budget,
-    Phase,
-    Progress,
-    Snapshots,
-    Step,
-    Training,
-    TrainingDivergedError,
-    derived_seed,
-    run_phase,
-)
+from bench.train import Budget, Phase, Progress, Step, Training, derived_seed
 
 Net = Callable[..., nn.Sequential]
 Trainings = Callable[..., Training]
