@@ -133,8 +133,10 @@ def _torch_content(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
                     raise UserError(f"{path} unpacks to more than {LARGEST:,} bytes and is refused")
+                if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
+                    raise UserError(f"{path} is a TorchScript program, which is never run here; save model.state_dict() instead")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own plans and of TorchScript, which is refused below
+            warnings.simplefilter("ignore")  # of torch's own plans
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
