@@ -36,4 +36,4 @@ def row_of(path: Path) -> tuple[str, ...]:
     proven = metrics["certified"]
     shares = [metrics["clean"], metrics["robust"]["pgd-50"], proven["ibp"], proven.get("crown"), proven.get("smoothing")]
     printed = [f"{100 * one['hits'] / one['n']:.1f}" if one else "–" for one in shares]
-    return (record.cell.objective["name"], *printed)
+    return (record.cell.objective.name, *printed)
