@@ -154,7 +154,10 @@ def _kept(path: Path | None) -> pd.DataFrame | None:
     if path is None or not path.exists():
         return None
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
+        if not {"seconds", "warnings", "lowering"} <= table.attrs.keys():
+            raise ValueError("a table of something else")
+        return table
     except Exception:
         path.unlink()  # damaged: judged again
         return None

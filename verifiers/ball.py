@@ -38,9 +38,9 @@ Region = Interval | Ellipsoid
 
 
 def float_above(eps: Fraction, dtype: torch.dtype = torch.float32) -> float:
-    """A float of the given type that is not below the exact eps."""
+    """A float of the given type that is not below the exact eps; inf where eps is beyond them all."""
     value = torch.tensor(float(eps), dtype=dtype)
-    if Fraction(value.item()) < eps:
+    if not math.isinf(value) and Fraction(value.item()) < eps:
         value = torch.nextafter(value, torch.tensor(math.inf, dtype=dtype))
     return float(value.item())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..evaluate import predict
 from ..threat import within
-from .cases import CLASSES, Finding, found, small_net, toy_split, trained_net, watched
+from .cases import CLASSES, Finding, alone_complaints, found, toy_split, trained_net
 
 BALL = "stays in the ball and in [0,1]"
 ALONE = "leaves the network and the random generators as they were"
@@ -72,21 +72,6 @@ def ball_complaints(tool: Any, model: nn.Module, x: Tensor, y: Tensor, norm: str
     if not bool(inside.all()):
         many = f"{int((~inside).sum())} of {len(x)} images"
         yield f"leaves the {norm} ball of radius {eps} with {many}; attacks.lp.project puts them back"
-
-
-def alone_complaints(tool: Any, x: Tensor, y: Tensor) -> Iterator[str]:
-    """A network in eval mode whose parameters hold gradients, another one that is frozen; and the images given."""
-    complaints: list[str] = []
-    for frozen in (False, True):
-        model = small_net(batchnorm=True).eval()
-        model(x).sum().backward()
-        model.requires_grad_(not frozen)
-        given = x.clone(), y.clone()
-        with watched(model, complaints):
-            tool(model, *given)
-        if not (torch.equal(given[0], x) and torch.equal(given[1], y)):
-            complaints.append("writes into the images or labels that it is given; work on a copy")
-    yield from dict.fromkeys(complaints)
 
 
 def broken_complaints(tool: Any, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[str]:

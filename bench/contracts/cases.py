@@ -169,3 +169,18 @@ def watched(model: nn.Module, complaints: list[str], random_too: bool = True) ->
     before = _Standing.of(model)
     yield
     complaints += changed(before, model, random_too)
+
+
+def alone_complaints(tool: Any, x: Tensor, y: Tensor) -> Iterator[str]:
+    """What a tool changes beside its answer: in a network whose parameters hold gradients, in a frozen one, in the images."""
+    complaints: list[str] = []
+    for frozen in (False, True):
+        model = small_net(batchnorm=True).eval()
+        model(x).sum().backward()
+        model.requires_grad_(not frozen)
+        given = x.clone(), y.clone()
+        with watched(model, complaints):
+            tool(model, *given)
+        if not (torch.equal(given[0], x) and torch.equal(given[1], y)):
+            complaints.append("writes into the images or labels that it is given; work on a copy")
+    yield from dict.fromkeys(complaints)

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..evaluate import ContradictionError, evaluate
 from ..selfcheck import CALIBRATION, balls, complaints, network
 from ..threat import Threat
-from .cases import CLASSES, Finding, found, small_net, toy_split, trained_net, watched
+from .cases import CLASSES, Finding, alone_complaints, found, toy_split, trained_net
 
 STATUS = "answers every sample with a known status"
 NAN = "NaN proves nothing"
@@ -178,20 +178,6 @@ def attacked_complaints(tool: Any, model: nn.Module, x: Tensor, y: Tensor) -> It
         return
     if refusals := [words for words in out.warnings if words.startswith("it: ")]:
         raise UnsupportedNetworkError(refusals[0].removeprefix("it: "))
-
-
-def alone_complaints(tool: Any, x: Tensor, y: Tensor) -> Iterator[str]:
-    complaints: list[str] = []
-    for frozen in (False, True):
-        model = small_net(batchnorm=True).eval()
-        model(x).sum().backward()
-        model.requires_grad_(not frozen)
-        given = x.clone(), y.clone()
-        with watched(model, complaints):
-            tool(model, *given)
-        if not (torch.equal(given[0], x) and torch.equal(given[1], y)):
-            complaints.append("writes into the images or labels that it is given; work on a copy")
-    yield from dict.fromkeys(complaints)
 
 
 def _known(tool: Any, ball: Any) -> Iterator[str]:

@@ -35,6 +35,13 @@ def test_the_box_contains_the_exact_ball(pixels: list[float], eps: Fraction) -> 
         assert holds_exact_ball(x, eps, outward_box(x, eps))
 
 
+def test_a_radius_beyond_all_floats_of_the_type_gives_the_whole_pixel_box() -> None:
+    x = torch.tensor([0.0, 0.25, 1.0])
+    box = outward_box(x, Fraction(10**45))
+    assert box.lower.tolist() == [0.0] * 3
+    assert box.upper.tolist() == [1.0] * 3
+
+
 def test_the_plain_float_box_would_lose_points_of_the_ball() -> None:
     """The property above can fail: x -+ float(eps) without outward rounding does not pass it."""
     x, eps = torch.rand(1000, generator=torch.Generator().manual_seed(0)), Fraction(8, 255)
