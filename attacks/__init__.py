@@ -16,10 +16,16 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from attacks import library
+from attacks.autoattack import AutoAttack
 from attacks.library import Library
-from attacks.pgd import FGSM, PGD
+from attacks.minimum_norm import DDN, FMN
+from attacks.pgd import FGSM, PGD, TooFewClassesError
+from attacks.wrm import WRM
 
-__all__ = ["ATTACKS", "FGSM", "PGD", "Attack", "Library", "attack_class", "attack_fields", "names"]
+__all__ = [
+    "ATTACKS", "DDN", "FGSM", "FMN", "PGD", "WRM", "Attack", "AutoAttack", "Library", "TooFewClassesError", "attack_class",
+    "attack_fields", "names",
+]  # fmt: skip
 
 
 class Attack(Protocol):
@@ -27,6 +33,10 @@ class Attack(Protocol):
 
     The model is in eval mode, x is float32 [N,C,H,W] in [0,1], y int64 [N]. Nothing of the model is changed. Whether
     x_adv is inside the ball and misclassified is for the caller to find out.
+
+    An attack may have besides: `cost`, about how many forward passes an image costs (cheap ones go first); `rest`, True where
+    it is meant for images that nothing else has broken; `black_box`, True where it needs no gradients, None for a bundle of
+    both; `label`, its name on a board.
     """
 
     @property
@@ -41,6 +51,10 @@ class Attack(Protocol):
 ATTACKS: dict[str, type] = {
     "pgd": PGD,
     "fgsm": FGSM,
+    "wrm": WRM,
+    "ddn": DDN,
+    "fmn": FMN,
+    "autoattack": AutoAttack,
     "torchattacks": Library,
 }
 

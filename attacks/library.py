@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attacks.pgd import TooFewClassesError, margin_loss
 
 _ANY = ("linf", "l2")
-# What each attack keeps small. FAB's l1 mode is not listed: it stops with an unbound variable.
+# What each attack keeps small. FAB's l1 mode is not listed: it stops with an unbound variable. Nor is AutoAttack, which runs
+# 10 steps: `attacks.autoattack` is the standard bundle.
 NORMS: dict[str, tuple[str, ...]] = {
     "vanila": _ANY, "gn": _ANY,
-    "apgd": _ANY, "apgdt": _ANY, "autoattack": _ANY, "fab": _ANY, "square": _ANY,
+    "apgd": _ANY, "apgdt": _ANY, "fab": _ANY, "square": _ANY,
     "bim": ("linf",), "difgsm": ("linf",), "eotpgd": ("linf",), "ffgsm": ("linf",), "fgsm": ("linf",),
     "jitter": ("linf",), "mifgsm": ("linf",), "nifgsm": ("linf",), "pgd": ("linf",), "pgdrs": ("linf",),
     "pifgsm": ("linf",), "pifgsmpp": ("linf",), "rfgsm": ("linf",), "sinifgsm": ("linf",), "spsa": ("linf",),
@@ -34,12 +38,12 @@ NORMS: dict[str, tuple[str, ...]] = {
 # Published strength where torchattacks' own default (10 steps) is weaker; `params` override it.
 STRENGTH: dict[str, dict[str, object]] = {
     "apgd": {"steps": 100},
-    "apgdt": {"steps": 100},
-    "fab": {"steps": 100},
+    "apgdt": {"steps": 100, "targets": 9},
+    "fab": {"steps": 100, "targets": 9},
     "square": {"n_queries": 5000},
-    "autoattack": {"steps": 100, "n_queries": 5000},
 }
 
+BLACK_BOX = ("square", "onepixel", "pixle", "spsa", "gn")  # attacks that ask for predictions only, never for gradients
 _OWN_FIELDS = {"model", "norm", "eps", "max_epsilon", "seed", "n_classes"}
 _COMPARES_WITH_ZERO = {"cw", "eaden", "eadl1", "upgd"}
 _NUDGE = 1e-3
@@ -55,23 +59,23 @@ class Library:
     that `repr` names them all.
 
     The caller projects: cw, deepfool, eaden and the l0 and l1 attacks look for the smallest perturbation, take no eps
-    (nor does gn) and may leave the ball; fab returns only what is inside it. Noise is drawn per batch, so verdicts of the
-    stochastic attacks depend on the batch.
+    (nor does gn) and may leave the ball; fab returns only what is inside it.
 
     Mended:
-    - `autoattack` is the standard bundle (APGD-CE, APGD-T and FAB-T at 100 steps, Square at 5000 queries);
-      the library's own runs 10 steps. Its params are `steps` and `n_queries`.
-    - n_classes is the model's; a default `alpha` keeps its published ratio to eps (MIFGSM's ignores eps).
-    - APGD, FAB and Square reset the global generators, AutoAttack takes the clock: both are shielded and seeded.
+    - n_classes is the model's; apgdt and fab (with multi_targeted) aim at the `targets` nearest classes, 9 as published; a
+      default `alpha` keeps its published ratio to eps (MIFGSM's ignores eps).
+    - In l2, APGDT steps all images of a batch by the first one's step size: here each has its own.
+    - apgd also takes loss "margin", for networks of two classes.
+    - APGD, FAB and Square reset the global generators: all are shielded and seeded. Each draw is the same for every image of a
+      batch, so that no image's answer depends on its neighbours.
     - CW, EAD and UPGD compare logits with zero: they see logits shifted to be >= 0.
     - For CW, pixels are first moved 0.001 away from 0 and 1, where its tanh has no slope.
     - Printing, the device of a model without parameters, writes into the logits it was given.
-    Not mended: CW does not search for c and its defaults are weak; tifgsm, pifgsm and pifgsmpp take RGB images only;
-    a model in float64 is not supported.
+    Not mended: CW does not search for c and its defaults are weak; tifgsm, pifgsm and pifgsmpp take RGB images only; Square in
+    l2 needs images of 5x5 pixels at least; onepixel, pixle and spsa depend on the batch; a model in float64 is not supported.
 
-    Raises KeyError for an unknown attack; ValueError for a norm the attack does not take, an unknown parameter, or too
-    few classes for a DLR loss (4 for apgdt and autoattack, 3 for loss "dlr"). Kim 2020, arXiv 2010.01950; AutoAttack:
-    Croce and Hein 2020, arXiv 2003.01690.
+    Raises KeyError for an unknown attack; ValueError for a norm the attack does not take or an unknown parameter;
+    TooFewClassesError when called for a DLR loss on too few classes (4 for apgdt, 3 for loss "dlr"). Kim 2020, arXiv 2010.01950.
     """
 
     norm: str = "linf"
@@ -81,6 +85,8 @@ class Library:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.attack == "autoattack":
+            raise KeyError("torchattacks' own autoattack runs 10 steps: ask for the standard bundle by the name autoattack alone")
         if self.attack not in NORMS:
             near = difflib.get_close_matches(self.attack, NORMS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -103,7 +109,7 @@ class Library:
         torchattacks = _torchattacks(self.attack)
         silence = contextlib.redirect_stdout(io.StringIO())
         logits = _Logits(model, shift=self.attack in _COMPARES_WITH_ZERO)
-        with _untouched(model), _own_randomness(self.seed), torch.enable_grad(), silence:
+        with untouched(model), _own_randomness(self.seed), torch.enable_grad(), silence, _OneDrawForAll():
             attack = self._build(torchattacks, logits, x)
             attack.set_device(x.device)
             x_adv = attack(start.clone(), y).detach().to(x.dtype)
@@ -112,49 +118,54 @@ class Library:
             x_adv = torch.where(unmoved.view(-1, *[1] * (x.dim() - 1)), x, x_adv)
         return torch.where(torch.isfinite(x_adv), x_adv, x)
 
+    @property
+    def black_box(self) -> bool:
+        """Whether it asks for predictions only, so that masked gradients do not stop it."""
+        return self.attack in BLACK_BOX
+
+    @property
+    def cost(self) -> float:
+        """About how many forward passes an image costs, where steps or queries are given."""
+        params = dict(self.params)
+        steps, queries, targets = (params.get(name) for name in ("steps", "n_queries", "targets"))
+        if isinstance(queries, int):
+            return queries
+        aims = targets if isinstance(targets, int) and (self.attack == "apgdt" or params.get("multi_targeted")) else 1
+        return 3 * aims * (steps if isinstance(steps, int) else 10)
+
     def _build(self, torchattacks: ModuleType, model: nn.Module, x: Tensor) -> Any:
         with torch.no_grad():
             n_classes = int(model(x[:1]).shape[1])
         params = {key: _number(value) for key, value in self.params}
         self._check_classes(n_classes, params)
-        if self.attack == "autoattack":
-            return self._bundle(torchattacks, model, n_classes, **params)
-        build = _attack_type(torchattacks, self.attack)
+        build = _targeted(torchattacks) if self.attack == "apgdt" else _attack_type(torchattacks, self.attack)
         takes = inspect.signature(build).parameters
         radius = float(self.eps)
         ours = {"eps": radius, "max_epsilon": radius, "norm": _norm_name(self.norm), "seed": self.seed}
-        ours |= {"n_classes": n_classes}
+        ours |= {"n_classes": 1 + min(n_classes - 1, int(params.pop("targets", n_classes - 1)))}
         if "alpha" in takes and "eps" in takes:
             ours["alpha"] = radius * takes["alpha"].default / takes["eps"].default
-        return build(model, **{**{key: value for key, value in ours.items() if key in takes}, **params})
-
-    def _bundle(self, torchattacks: ModuleType, model: nn.Module, n_classes: int, steps: int, n_queries: int) -> Any:
-        ball = {"norm": _norm_name(self.norm), "eps": float(self.eps), "seed": self.seed}
-        return torchattacks.MultiAttack(
-            [
-                torchattacks.APGD(model, **ball, steps=steps, loss="ce"),
-                torchattacks.APGDT(model, **ball, steps=steps, n_classes=n_classes),
-                torchattacks.FAB(model, **ball, steps=steps, n_classes=n_classes, multi_targeted=True),
-                torchattacks.Square(model, **ball, n_queries=n_queries),
-            ]
-        )
+        by_margin = self.attack == "apgd" and params.get("loss") == "margin"
+        params |= {"loss": "dlr"} if by_margin else {}
+        attack = build(model, **{**{key: value for key, value in ours.items() if key in takes}, **params})
+        if by_margin:
+            attack.dlr_loss = margin_loss
+        return attack
 
     def _check_params(self, given: Mapping[str, object]) -> None:
-        if self.attack == "autoattack":
-            known = set(STRENGTH["autoattack"])
-        else:
-            known = set(inspect.signature(_attack_type(_torchattacks(self.attack), self.attack)).parameters)
+        known = set(inspect.signature(_attack_type(_torchattacks(self.attack), self.attack)).parameters)
+        known = known - _OWN_FIELDS | ({"targets"} if "n_classes" in known else set())
         for key in given:
-            if key not in known - _OWN_FIELDS:
-                takes = ", ".join(sorted(known - _OWN_FIELDS)) or "none"
+            if key not in known:
+                takes = ", ".join(sorted(known)) or "none"
                 raise ValueError(f"attack {self.attack!r} has no parameter {key!r}: it takes {takes}")
 
     def _check_classes(self, n_classes: int, params: Mapping[str, object]) -> None:
-        needed = 4 if self.attack in ("apgdt", "autoattack") else 3 if params.get("loss") == "dlr" else 2
+        needed = 4 if self.attack == "apgdt" else 3 if params.get("loss") == "dlr" else 2
         if n_classes < needed:
-            raise ValueError(
+            raise TooFewClassesError(
                 f"attack {self.attack!r} needs {needed} classes for its DLR loss, the model has {n_classes}: "
-                "use apgd with loss ce, fab and square by name"
+                "use apgd with loss ce or margin"
             )
 
 
@@ -187,7 +198,8 @@ class _Logits(nn.Module):
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode without parameter gradients; modes, `requires_grad` and `.grad` come back as they were."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
@@ -201,6 +213,20 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         for parameter, needed, gradient in parameters:
             parameter.requires_grad_(needed)
             parameter.grad = gradient
+
+
+class _OneDrawForAll(TorchFunctionMode):
+    """Noise for a batch of images [N, C, H, W] is drawn for one image and repeated: it does not depend on N."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.rand, torch.randn) and len(args) == 1 and len(args[0]) == 4 and args[0][0] > 0:
+            return func((1, *args[0][1:]), **kwargs).repeat(args[0][0], 1, 1, 1)
+        if func in (torch.rand_like, torch.randn_like) and args[0].dim() == 4 and len(args[0]):
+            return func(args[0][:1], *args[1:], **kwargs).repeat(len(args[0]), 1, 1, 1)
+        if func in (Tensor.uniform_, Tensor.normal_) and args[0].dim() == 4 and len(args[0]):
+            return args[0].copy_(func(args[0][:1].clone(), *args[1:], **kwargs).expand_as(args[0]))
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -230,6 +256,21 @@ def _attack_type(torchattacks: ModuleType, attack: str) -> type:
     spelled = {name.lower(): name for name in torchattacks.__all__}
     found: type = getattr(torchattacks, spelled[attack])
     return found
+
+
+def _targeted(torchattacks: ModuleType) -> type:
+    """APGDT with the ascent of APGD, which steps every image by its own step size."""
+
+    class Targeted(torchattacks.APGDT):  # type: ignore[name-defined]
+        loss = "dlr"
+
+        def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
+            with torch.no_grad():
+                goal = self.get_logits(x).sort(dim=1)[1][:, -self.target_class]
+            self.dlr_loss = lambda logits, y: self.dlr_loss_targeted(logits, y, goal)
+            return torchattacks.APGD.attack_single_run(self, x, y)
+
+    return Targeted
 
 
 def _norm_name(norm: str) -> str:

@@ -22,21 +22,26 @@ from .threat import Threat
 from .train import Budget
 
 SUITES = Path(__file__).parent / "suites"
+DENSE = "dense"  # the row that boards hold all others against
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One attack or verifier of a suite: the built object, its label on the board and the cells it applies to."""
+    """One attack or verifier of a suite: the built object, its label on the board and the cells it applies to.
+
+    first: a smoothing verifier is asked about the first samples only; rest: an attack is run only on what others have not broken.
+    """
 
     label: str
     spec: Mapping[str, Any]
     tool: Any
     objectives: tuple[str, ...] | None = None
     first: int | None = None
+    rest: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        out = {"name": self.spec["name"], "label": self.label, **plain(self.tool)}
-        return out if self.first is None else {**out, "first": self.first}
+        limits = {**({} if self.first is None else {"first": self.first}), **({"rest": True} if self.rest else {})}
+        return {"name": self.spec["name"], "label": self.label, **plain(self.tool), **limits}
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def shipped() -> dict[str, Path]:
 def read_suite(name: str, methods: Iterable[str] = ()) -> Suite:
     """The shipped suite `name` or the TOML file of that path; `methods` are ranked beside the suite's own.
 
+    Every objective and architecture has a dense cell: where the suite names none, one at each seed of the objective's methods.
     Raises UserError for anything in it that does not exist or has the wrong type.
     """
     path = Path(name) if name.endswith(".toml") else shipped().get(name)
@@ -182,15 +188,23 @@ def _grid(
     )
     densities = [_density(value) for value in _list(grid, "density", where)]
     seeds, objectives = _seeds(grid, where), [str(one.get("name")) for one in _tables(table, "objective", where)]
-    chosen = [_share(spec, seeds, objectives) for spec in methods]
+    shares = [_share(spec, seeds, objectives) for spec in methods]
+    chosen = _with_dense([(method, own_seeds) for method, own_seeds, own_objectives in shares if name in own_objectives])
     for arch, seed in itertools.product(_archs(grid, where), seeds):
         _fits_network(built, name, arch)
-        for method, own_seeds, own_objectives in chosen:
-            if seed not in own_seeds or name not in own_objectives:
+        for method, own_seeds in chosen:
+            if seed not in own_seeds:
                 continue
             prunes = getattr(find("method", method["name"]), "prunes", True)
             for density in densities if prunes else [Fraction(1)]:
                 yield replace(cell, arch=arch, seed=seed, method=method, density=density)
+
+
+def _with_dense(chosen: list[tuple[dict[str, Any], list[int]]]) -> list[tuple[dict[str, Any], list[int]]]:
+    """An objective's methods with their seeds; where dense is none of them, it is added at all of these seeds."""
+    if not chosen or any(method["name"] == DENSE for method, _ in chosen):
+        return chosen
+    return [*chosen, ({"name": DENSE}, sorted({seed for _, seeds in chosen for seed in seeds}))]
 
 
 def _share(spec: dict[str, Any], seeds: list[int], objectives: list[str]) -> tuple[dict[str, Any], list[int], list[str]]:
@@ -215,7 +229,7 @@ def _fits_network(objective: Any, name: str, arch: str) -> None:
 
 
 def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
-    own = {key: value for key, value in spec.items() if key not in ("label", "objectives", "first")}
+    own = {key: value for key, value in spec.items() if key not in ("label", "objectives", "first", "rest")}
     tool = build(kind, {"norm": threat.norm, "eps": threat.eps, **own})
     if tool.norm not in NORMS:
         raise UserError(f"{kind} {own['name']!r} has norm {tool.norm!r}; suites judge in {' and '.join(NORMS)}")
@@ -232,8 +246,18 @@ def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
         raise UserError(f"`first` is for smoothing; {own['name']!r} must judge the same images as the others: use [samples]")
     if objectives is not None and not isinstance(objectives, list):
         raise UserError(f"`objectives` of {kind} {own['name']!r} must be a list of names, got {objectives!r}")
-    label = spec.get("label", _slug(str(own["name"])))
-    return Assignment(str(label), own, tool, None if objectives is None else tuple(objectives), first)
+    label = spec.get("label", getattr(tool, "label", _slug(str(own["name"]))))
+    return Assignment(str(label), own, tool, None if objectives is None else tuple(objectives), first, _rest(kind, spec, tool))
+
+
+def _rest(kind: str, spec: dict[str, Any], tool: Any) -> bool:
+    """Whether an attack is run only on what the others have not broken: as the suite says, else as the attack itself does."""
+    rest = spec.get("rest", kind == "attack" and getattr(tool, "rest", False))
+    if kind != "attack" and "rest" in spec:
+        raise UserError(f"`rest` is for attacks; {kind} {spec['name']!r} judges every image that it is asked about")
+    if not isinstance(rest, bool):
+        raise UserError(f"`rest` of attack {spec['name']!r} must be true or false, got {rest!r}")
+    return rest
 
 
 def _distinct_labels(attacks: list[Assignment], verifiers: list[Assignment], objectives: list[str]) -> None:

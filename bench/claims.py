@@ -107,7 +107,10 @@ def json_of(path: Path) -> dict[str, Any]:
 def _tools(kind: str, parts: list[dict[str, Any]], outside: Outside) -> list[Assignment]:
     """The attacks or verifiers as they were configured; code from outside only where that was allowed."""
     return [
-        Assignment(part["label"], {"name": part["name"]}, tool_of(kind, part, outside), None, part.get("first")) for part in parts
+        Assignment(
+            part["label"], {"name": part["name"]}, tool_of(kind, part, outside), None, part.get("first"), part.get("rest", False)
+        )
+        for part in parts
     ]
 
 
@@ -116,7 +119,7 @@ def tool_of(kind: str, part: Mapping[str, Any], outside: Outside) -> Any:
     name = str(part["name"])
     if ":" in name:
         _allow(f"the {kind} {name!r}", outside)
-    return build(kind, {key: value for key, value in part.items() if key not in ("label", "first")})
+    return build(kind, {key: value for key, value in part.items() if key not in ("label", "first", "rest")})
 
 
 def _allow(what: str, outside: Outside) -> None:

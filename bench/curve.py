@@ -58,7 +58,8 @@ def _ladder(one: Assignment, rows: pd.DataFrame, threat: Threat, steps: Sequence
 
 
 def _at(one: Assignment, threat: Threat, eps: Fraction) -> Assignment:
-    return Assignment(f"{one.label} at {eps}", one.spec, build("attack", {**one.spec, "norm": threat.norm, "eps": eps}))
+    tool = build("attack", {**one.spec, "norm": threat.norm, "eps": eps})
+    return Assignment(f"{one.label} at {eps}", one.spec, tool, rest=one.rest)
 
 
 def _nearest(found: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
@@ -66,7 +67,7 @@ def _nearest(found: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
     nearest = np.full(len(found), np.inf)
     for label in labels:
         broken = (found["predicted"] == found["label"]).to_numpy() & ~found[f"survived:{label}"].to_numpy(dtype=bool)
-        nearest[broken] = np.minimum(nearest[broken], found[f"distance:{label}"].to_numpy()[broken])
+        nearest[broken] = np.fmin(nearest[broken], found[f"distance:{label}"].to_numpy()[broken])  # NaN: broken by another
     return nearest
 
 

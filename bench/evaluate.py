@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from attacks import lp
+from attacks import TooFewClassesError, lp
+from attacks.pgd import classes_of
 from verifiers import Proof, UnsupportedNetworkError
 
 from .cells import Assignment
 from .errors import UserError
+from .masking import masking_suspected
 from .threat import Threat, within
 from .train import nothing
 
@@ -77,10 +80,6 @@ class _Samples:
     predicted: Tensor
 
     @property
-    def correct(self) -> Tensor:
-        return (self.predicted == self.y).nonzero().flatten()
-
-    @property
     def right(self) -> np.ndarray:
         return (self.predicted == self.y).cpu().numpy()
 
@@ -88,12 +87,8 @@ class _Samples:
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, batch: int = ATTACK_BATCH) -> Tensor:
     """Predicted classes [N]; -1, which is nobody's label, where a logit is NaN or infinite."""
-    parts = [_classes(model(part)) for part in x.split(batch)]
+    parts = [classes_of(model(part)) for part in x.split(batch)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
-
-
-def _classes(logits: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)
 
 
 def evaluate(
@@ -102,8 +97,9 @@ def evaluate(
 ) -> Evaluation:
     """Attack and certify every correctly classified sample of a plain network.
 
-    In order: the clean pass; verifiers on every correct sample; attacks on every correct sample; verifiers that call
-    themselves `costly` on what is then neither proven nor broken.
+    In order: the clean pass; verifiers on every correct sample; attacks on every correct sample, then those with `rest` on the
+    correct samples that no attack has broken in a ball that lies in theirs; verifiers that call themselves `costly` on what is
+    then neither proven nor broken. A certified sample is attacked like any other.
     x: float32 [N, C, H, W] in [0,1]; y: int64 [N]; index: N sample numbers. Witnesses are projected to the exact ball and
     [0,1] and re-executed in float64 here; an attack's own word is not taken. Raises ContradictionError when a deterministic
     certificate is broken by a witness inside its ball.
@@ -138,11 +134,19 @@ def _verify_all(
 def _attack_all(
     attacks: Sequence[Assignment], samples: _Samples, out: Evaluation, done: Sequence[Assignment], report: Callable[[str], None]
 ) -> None:
-    for one in attacks:
+    before: list[Assignment] = []
+    for one in in_order(attacks):
         report(one.label)
         with _timed(out, f"attack:{one.label}"):
-            _attack(one, samples, out)
+            _attack(one, samples, out, before)
+        before.append(one)
         _contradictions(samples, out, done)
+    out.warnings += masking_suspected(out.rows, attacks)
+
+
+def in_order(attacks: Sequence[Assignment]) -> list[Assignment]:
+    """As they are run: those with `rest` last, cheap ones first (by `cost`, about the forward passes of an image)."""
+    return sorted(attacks, key=lambda one: (one.rest, float(getattr(one.tool, "cost", math.inf))))
 
 
 @contextmanager
@@ -255,25 +259,32 @@ def _spread(values: np.ndarray, at: np.ndarray, size: int, otherwise: float) -> 
     return column
 
 
-def _attack(one: Assignment, samples: _Samples, out: Evaluation) -> None:
-    correct = samples.correct
-    x, y = samples.x[correct], samples.y[correct]
+def _attack(one: Assignment, samples: _Samples, out: Evaluation, before: Sequence[Assignment]) -> None:
+    """Attack every correct sample; with `rest` those only that are not broken yet, the others counting as broken by it, too."""
     survived, far = samples.right.copy(), np.full(len(samples.y), np.nan)
+    for other in before if one.rest else ():
+        if other.tool.norm == one.tool.norm and other.tool.eps <= one.tool.eps:
+            survived &= out.rows[f"survived:{other.label}"].to_numpy()
+    at = torch.from_numpy(np.flatnonzero(survived)).to(samples.y.device)
+    x, y = samples.x[at], samples.y[at]
     witness, wrong = x, torch.zeros_like(y, dtype=torch.bool)
-    if len(correct):
+    if len(at):
         parts = [_witness(one, samples.model, x[i], y[i]) for i in torch.arange(len(x), device=x.device).split(ATTACK_BATCH)]
         witness = torch.cat(parts)
         wrong = predict(samples.double, witness.double()) != y
-        survived[correct.cpu().numpy()] = ~wrong.cpu().numpy()
-        far[correct.cpu().numpy()] = lp.distance(witness, x, one.tool.norm).cpu().numpy()
-    out.attempts.append(Attempt(one, correct, witness, wrong))
+        survived[at.cpu().numpy()] = ~wrong.cpu().numpy()
+        far[at.cpu().numpy()] = lp.distance(witness, x, one.tool.norm).cpu().numpy()
+    out.attempts.append(Attempt(one, at, witness, wrong))
     out.rows[f"survived:{one.label}"] = survived
     out.rows[f"distance:{one.label}"] = far
 
 
 def _witness(one: Assignment, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The attack's proposal, put into the exact ball and [0,1] by us."""
-    proposed = one.tool(model, x.clone(), y.clone())  # a plug-in may write into what it is given
+    try:
+        proposed = one.tool(model, x.clone(), y.clone())  # a plug-in may write into what it is given
+    except TooFewClassesError as reason:
+        raise UserError(f"the attack {one.label!r} does not fit this network: {reason}") from reason
     if not isinstance(proposed, Tensor) or proposed.shape != x.shape:
         got = tuple(proposed.shape) if isinstance(proposed, Tensor) else type(proposed).__name__
         raise UserError(f"the attack {one.label!r} returned {got}, expected images of shape {tuple(x.shape)}")
@@ -328,7 +339,9 @@ def _decide(rows: pd.DataFrame, threat: Threat, attacks: Sequence[Assignment], v
         verdict[hit], by[hit] = "certified", one.label
     breakers = [*attacks, *(one for one in verifiers if f"survived:{one.label}" in rows)]
     for one in reversed([one for one in breakers if one.tool.norm == threat.norm and one.tool.eps <= threat.eps]):
-        hit = (~rows[f"survived:{one.label}"] & (rows["predicted"] == rows["label"])).to_numpy()
+        # a rest attack has no distance where another one broke the sample before
+        own = rows[f"distance:{one.label}"].notna() & (rows["predicted"] == rows["label"])
+        hit = (~rows[f"survived:{one.label}"] & own).to_numpy()
         verdict[hit], by[hit] = "broken", one.label
     wrong = (rows["predicted"] != rows["label"]).to_numpy()
     verdict[wrong], by[wrong] = "misclassified", ""

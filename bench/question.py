@@ -173,7 +173,8 @@ def _card(question: Question, state: Mapping[str, Tensor], card: Card | None, da
 
 def _tools(question: Question, threat: Threat) -> tuple[list[Assignment], list[Assignment]]:
     base = {"norm": threat.norm, "eps": threat.eps}
-    attacks = [Assignment(name, {"name": name}, build("attack", {"name": name, **base})) for name in question.attacks]
+    built = [(name, build("attack", {"name": name, **base})) for name in question.attacks]
+    attacks = [Assignment(name, {"name": name}, tool, rest=getattr(tool, "rest", False)) for name, tool in built]
     verifiers = []
     for name in question.verifiers:
         extra = dict({"smoothing": question.smoothing, "exact": question.exact}.get(name, ()))

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from attacks import Library, attack_class, library
 from attacks import names as attack_names
 
 from ..build import CATALOGUES, build, find
@@ -41,8 +42,10 @@ def _threat(kind: str, name: str) -> dict[str, Any]:
     """The fields that a suite's threat fills in: norm keeps its default where it has one, since not every tool takes linf."""
     if kind not in ("attack", "verifier"):
         return {}
-    known = dataclasses.fields(find(kind, name)) if ":" in name or kind == "verifier" else ()
-    given = {one.name for one in known if one.default is not dataclasses.MISSING}
+    if kind == "attack" and ":" not in name:
+        found = attack_class(name)
+        return {"norm": library.NORMS[name][0] if found is Library else getattr(found, "norm", "linf"), "eps": "1/10"}
+    given = {one.name for one in dataclasses.fields(find(kind, name)) if one.default is not dataclasses.MISSING}
     return {field: value for field, value in (("norm", "linf"), ("eps", "1/10")) if field not in given}
 
 

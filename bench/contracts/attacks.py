@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attacks import TooFewClassesError
+
 from ..errors import UserError
 from ..evaluate import predict
 from ..threat import within
@@ -36,9 +38,24 @@ def attack_findings(make: Make) -> Iterator[Finding]:
             refused.append(str(reason))
             yield Finding(TAKES, norm, refused=str(reason))
             continue
+        if few := _too_few_classes(tool):
+            yield Finding(TAKES, norm, refused=few)
+            continue
         yield from _in_one_ball(tool, norm, eps)
     if len(refused) == len(BALLS):
         yield Finding(TAKES, "any norm", f"takes neither linf nor l2: {refused[0]}")
+
+
+def _too_few_classes(tool: Any) -> str:
+    """Why its loss cannot be tried on the toy's three classes; empty where it can."""
+    images = toy_split(seed=1, n=1)
+    try:
+        tool(trained_net(), images.pixels(), images.labels)
+    except TooFewClassesError as reason:
+        return str(reason)
+    except Exception:  # every contract will say so by itself
+        return ""
+    return ""
 
 
 def _in_one_ball(tool: Any, norm: str, eps: Fraction) -> Iterator[Finding]:

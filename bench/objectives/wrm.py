@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacks.wrm import ascend_penalised
+
 from ..modes import evaluating
 from ..train import Progress
-
-
-def ascend_penalised(loss: Callable[[Tensor], Tensor], x: Tensor, gamma: float, steps: int, clip: bool) -> Tensor:
-    """Gradient ascent from x on gamma * loss(x') - |x' - x|^2 / 2 with step sizes 1, 1/sqrt(2), 1/sqrt(3), ...
-
-    `loss` is summed over images [N, C, H, W], so that each image is moved by its own gradient alone.
-    """
-    moved = x
-    for step in range(steps):
-        moved = moved.detach().requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss(moved), moved)
-        moved = moved.detach() + (gamma * gradient + x - moved.detach()) / (step + 1) ** 0.5
-        if clip:
-            moved = moved.clamp(0, 1)
-    return moved.detach()
 
 
 @dataclass(frozen=True)

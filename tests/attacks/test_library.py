@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from attacks import ATTACKS, PGD, Library, attack_class, attack_fields, library, lp, names
+from attacks import ATTACKS, PGD, Library, TooFewClassesError, attack_class, attack_fields, library, lp, names
 
 EPS = Fraction(1, 10)
 
@@ -46,13 +48,16 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 QUICK: dict[str, dict[str, object]] = {
     "apgd": {"steps": 10},
     "apgdt": {"steps": 10},
-    "autoattack": {"steps": 5, "n_queries": 20},
+    "autoattack": {"steps": 5, "queries": 20},
+    "ddn": {"steps": 20},
+    "fmn": {"steps": 20},
+    "wrm": {"gamma": 40.0},
     "fab": {"steps": 10},
     "square": {"n_queries": 20},
     "deepfool": {"steps": 5},
     "cw": {"steps": 10},
 }
-OWN = [(name, norm) for name in ("pgd", "fgsm") for norm in lp.NORMS]
+OWN = [*((name, norm) for name in ("pgd", "fgsm", "wrm", "fmn") for norm in lp.NORMS), ("ddn", "l2")]
 LINF = ["bim", "tpgd", "mifgsm", "eotpgd", "upgd", "nifgsm", "rfgsm", "ffgsm", "spsa"]
 BOTH = ["apgd", "apgdt", "fab", "square", "autoattack"]
 L2 = ["pgdl2", "cw", "deepfool"]
@@ -199,34 +204,6 @@ def test_pixels_that_are_not_finite_are_never_handed_out() -> None:
     assert torch.equal(Library(norm="l2", eps=EPS, attack="deepfool")(model, x, y), x)
 
 
-def test_autoattack_is_the_standard_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundles: list[list[Any]] = []
-    original = torchattacks.MultiAttack
-
-    def recorded(attacks: list[Any]) -> Any:
-        bundles.append(attacks)
-        return original(attacks)
-
-    monkeypatch.setattr(torchattacks, "MultiAttack", recorded)
-    model, x = small_net(classes=7), images(2)
-    Library(eps=EPS, attack="autoattack")(model, x, (predicted(model, x) + 1) % 7)  # broken already: only the set-up runs
-    apgd, apgdt, fab, square = bundles[0]
-    assert [type(a).__name__ for a in bundles[0]] == ["APGD", "APGDT", "FAB", "Square"]
-    assert (apgd.steps, apgdt.steps, fab.steps, square.n_queries) == (100, 100, 100, 5000)
-    assert (apgd.loss, apgdt.n_target_classes, fab.n_target_classes, fab.multi_targeted) == ("ce", 6, 6, True)
-    assert {a.norm for a in bundles[0]} == {"Linf"}
-    assert {a.eps for a in bundles[0]} == {0.1}
-
-
-def test_autoattack_is_as_strong_as_pgd_up_to_a_few_images(digits: Any) -> None:
-    x, y, eps = digits.x[:60], digits.y[:60], Fraction(1, 8)
-    bundle = Library(eps=eps, attack="autoattack", params=(("n_queries", 200), ("steps", 50)))
-    robust = accuracy(digits.model, lp.project(bundle(digits.model, x, y), x, "linf", eps), y)
-    pgd = accuracy(digits.model, PGD(eps=eps)(digits.model, x, y), y)
-    assert abs(robust - pgd) <= 4 / 60
-    assert 0.05 < pgd < 0.9
-
-
 @pytest.mark.parametrize("name", ["mifgsm", "nifgsm", "bim", "pgd", "vmifgsm"])
 def test_the_default_step_follows_eps(name: str) -> None:
     """At eps 3/10 the library's fixed 2/255 would reach less than a third of the ball in 10 steps."""
@@ -249,8 +226,29 @@ def test_params_and_fields_reach_the_constructor(monkeypatch: pytest.MonkeyPatch
     model, x = small_net(classes=6), images()
     Library(norm="l2", eps=EPS, attack="apgdt", seed=9)(model, x, predicted(model, x))
     Library(eps=EPS, attack="apgdt", params=(("rho", "1/2"), ("steps", 3)))(model, x, predicted(model, x))
+    Library(eps=EPS, attack="apgdt", params=(("targets", 2), ("steps", 3)))(model, x, predicted(model, x))
     assert built[0] == {"norm": "L2", "eps": 0.1, "seed": 9, "n_classes": 6, "steps": 100}
+    assert built[2] == {"norm": "Linf", "eps": 0.1, "seed": 0, "n_classes": 3, "steps": 3}, "the two nearest classes"
     assert built[1] == {"norm": "Linf", "eps": 0.1, "seed": 0, "n_classes": 6, "steps": 3, "rho": 0.5}
+
+
+@pytest.mark.parametrize("name, norm", [
+    ("apgd", "linf"), ("apgd", "l2"), ("apgdt", "linf"), ("apgdt", "l2"), ("fab", "l2"), ("square", "linf"), ("square", "l2"),
+    ("pgd", "linf"), ("pgdl2", "l2"), ("rfgsm", "linf"), ("eotpgd", "linf"),
+    pytest.param("autoattack", "l2", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_what_an_image_gets_does_not_depend_on_its_neighbours(digits: Any, name: str, norm: str) -> None:
+    """torchattacks draws noise for the whole batch, and APGDT steps an l2 batch by its first image's step size."""
+    x, y = digits.x[:3], predicted(digits.model, digits.x[:3])
+    params = {**QUICK.get(name, {}), **({"steps": 20, "targets": 1} if name == "apgdt" else {})}
+    if name == "autoattack":
+        attack = attack_class(name)(norm=norm, eps=Fraction(1, 2), **params)
+    else:
+        attack = Library(norm=norm, eps=Fraction(1, 8 if norm == "linf" else 2), attack=name, params=library.frozen(params))
+    together = attack(digits.model, x, y)
+    assert not torch.equal(together, x)
+    for rows in ([2], [1, 0]):
+        torch.testing.assert_close(attack(digits.model, x[rows], y[rows]), together[rows], atol=1e-5, rtol=0)
 
 
 def test_another_seed_gives_another_start() -> None:
@@ -272,25 +270,50 @@ def test_a_model_without_parameters_and_a_model_that_returns_a_view_are_attacked
         assert capsys.readouterr().out == ""
         assert x_adv.isfinite().all()
         assert (lp.distance(x_adv, x, "linf") <= 0.1 + 1e-6).all()
+        copied = attack(nn.Sequential(nn.Flatten(), nn.Hardtanh(-9, 9)), x, y)  # the same logits, in memory of their own
+        assert torch.equal(x_adv, copied)
 
 
-@pytest.mark.parametrize("name, classes", [("apgdt", 3), ("autoattack", 2)])
-def test_too_few_classes_for_the_dlr_loss_are_refused_by_name(name: str, classes: int) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' needs 4 classes .* has {classes}: use apgd"):
-        Library(eps=EPS, attack=name)(small_net(classes), images(), torch.zeros(6, dtype=torch.long))
-    x_adv = Library(eps=EPS, attack="apgd")(small_net(classes), images(), torch.zeros(6, dtype=torch.long))
-    assert x_adv.shape == images().shape
+@pytest.mark.parametrize("name, params, classes, needed", [("apgdt", (), 3, 4), ("apgd", (("loss", "dlr"),), 2, 3)])
+def test_too_few_classes_for_the_dlr_loss_are_refused_by_name(name: str, params: Any, classes: int, needed: int) -> None:
+    with pytest.raises(TooFewClassesError, match=f"'{name}' needs {needed} classes .* has {classes}: use apgd"):
+        Library(eps=EPS, attack=name, params=params)(small_net(classes), images(), torch.zeros(6, dtype=torch.long))
+    model, x = small_net(classes), images()
+    y = predicted(model, x)
+    for loss in ("ce", "margin"):
+        x_adv = Library(eps=EPS, attack="apgd", params=(("loss", loss), ("steps", 20)))(model, x, y)
+        assert accuracy(model, x_adv, y) < 1, loss
 
 
 def test_every_torchattacks_class_is_known_and_files_itself_under_the_norm_listed_here() -> None:
     wrappers = {"multiattack", "lgv"}
-    assert set(library.NORMS) == {name.lower() for name in torchattacks.__all__} - wrappers
+    assert set(library.NORMS) == {name.lower() for name in torchattacks.__all__} - wrappers - {"autoattack"}
+    assert "autoattack" in names(), "ours"
     for name in torchattacks.__all__:
         stated = (getattr(torchattacks, name).__doc__ or "").split("Distance Measure :")
-        if name.lower() in wrappers | {"vanila", "gn"} or len(stated) == 1:
+        if name.lower() in wrappers | {"vanila", "gn", "autoattack"} or len(stated) == 1:
             continue
         for norm in library.NORMS[name.lower()]:
             assert norm in stated[1].splitlines()[0].lower(), name
+
+
+def documented(name: str) -> str:
+    """Norms and parameters of an attack as docs/attacks.md shows them."""
+    takes = inspect.signature(library._attack_type(torchattacks, name)).parameters
+    params = {key: one.default for key, one in takes.items() if key not in {*library._OWN_FIELDS, "verbose"}}
+    params |= ({"targets": 9} if "n_classes" in takes else {}) | library.STRENGTH.get(name, {})
+    if "alpha" in takes and "eps" in takes:
+        params["alpha"] = f"{takes['alpha'].default / takes['eps'].default:.3g} eps"
+    words = ", ".join(f"{key} {round(one, 4) if isinstance(one, float) else one}" for key, one in params.items())
+    return f"{', '.join(library.NORMS[name])} | {words}"
+
+
+def test_the_page_names_every_attack_with_its_norms_and_parameters() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "attacks.md"
+    lines = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("| `")]
+    shown = {row[0].strip(" `"): f"{row[1].strip()} | {row[3].strip()}" for row in lines if len(row) == 4}
+    assert {name: shown.get(name) for name in library.NORMS} == {name: documented(name) for name in library.NORMS}
+    assert set(names()) - {"torchattacks"} <= set(shown)
 
 
 def test_names_cover_both_catalogues_and_resolve() -> None:
@@ -320,8 +343,8 @@ def test_what_cannot_be_built_says_why() -> None:
         Library(eps=EPS, attack="fab", params=(("step", 3),))
     with pytest.raises(ValueError, match="'apgd' has no parameter 'eps'"):
         Library(eps=EPS, attack="apgd", params=(("eps", 0.3),))
-    with pytest.raises(ValueError, match="'autoattack' has no parameter 'version': it takes n_queries, steps"):
-        Library(eps=EPS, attack="autoattack", params=(("version", "rand"),))
+    with pytest.raises(KeyError, match="own autoattack runs 10 steps: ask for the standard bundle by the name autoattack"):
+        Library(eps=EPS, attack="autoattack")
     with pytest.raises(TypeError, match=r"0\.1"):
         Library(eps=0.1, attack="apgd")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="params must be a mapping"):

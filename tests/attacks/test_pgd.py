@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from attacks import FGSM, PGD, lp
-from attacks.pgd import margin_loss
+from attacks.pgd import TooFewClassesError, dlr_loss, margin_loss
 
 EPS = Fraction(1, 10)
 
@@ -52,8 +53,129 @@ def test_margin_loss_is_the_best_other_logit_minus_the_true_one() -> None:
     assert margin_loss(logits, torch.tensor([0, 0])).tolist() == [-1.0, 4.0]
 
 
+def test_dlr_is_the_margin_over_the_gap_between_first_and_third_and_no_scale_changes_it(digits: Any) -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, -5.0, 4.0]])
+    torch.testing.assert_close(dlr_loss(logits, torch.tensor([0, 0])), torch.tensor([-1 / 2, 4 / 9]))
+    with torch.no_grad():
+        found = digits.model(digits.x)
+    theirs = torchattacks.APGD(digits.model, loss="dlr").dlr_loss(found, digits.y)
+    torch.testing.assert_close(dlr_loss(found, digits.y), theirs)
+    torch.testing.assert_close(dlr_loss(1000 * found, digits.y), dlr_loss(found, digits.y))
+    assert (margin_loss(1000 * found, digits.y) - margin_loss(found, digits.y)).abs().max() > 1
+
+
+def test_dlr_needs_three_classes_and_says_what_to_use_instead() -> None:
+    model, _ = linear_pair()
+    x = torch.rand(2, 1, 3, 4)
+    with pytest.raises(TooFewClassesError, match="dlr needs at least 3 classes, the network has 2: use loss = margin"):
+        PGD(eps=EPS, loss="dlr")(model, x, torch.zeros(2, dtype=torch.long))
+
+
+def test_kl_ascends_the_divergence_from_the_clean_prediction_whatever_the_label_is(digits: Any) -> None:
+    x, y = digits.x[:20], digits.model(digits.x[:20]).argmax(1)
+
+    def divergence(x_adv: Tensor) -> Tensor:
+        with torch.no_grad():
+            clean, moved = digits.model(x).softmax(1), digits.model(x_adv).softmax(1)
+        return (clean * (clean / moved).log()).sum(1)
+
+    path = {"eps": Fraction(1, 50), "steps": 20, "loss": "kl", "last": True}
+    far, random = divergence(PGD(**path)(digits.model, x, y)), divergence(lp.random_start(x, "linf", Fraction(1, 50), seed=0))
+    assert (far > random).all()
+    assert torch.equal(PGD(**path)(digits.model, x, y), PGD(**path)(digits.model, x, (y + 1) % 10))
+
+
+def test_kl_equals_torchattacks_tpgd_step_for_step(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, where the sign of a gradient that starts near zero is no matter of rounding."""
+    x, y, model = digits.x[:20].double(), digits.y[:20], copy.deepcopy(digits.model).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        noise = torch.randn_like(x)
+        torch.manual_seed(0)
+        theirs = torchattacks.TPGD(model, eps=0.1, alpha=1 / 40, steps=7)(x, y)
+    monkeypatch.setattr(PGD, "_start", lambda self, x, restart: (x + 0.001 * noise).clamp(0, 1))
+    ours = PGD(eps=EPS, steps=7, step_size=Fraction(1, 40), loss="kl", last=True)(model, x, y)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+class Curved(nn.Module):
+    """Three classes, computed entry by entry: no kernel rounds an image differently in another batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x[:, 0, 0, 0], x[:, 0, 0, 1]
+        return torch.stack([(9 * a).sin() + (7 * b).cos() + 1.2, (5 * a * b).sin(), (8 * b).sin() * (6 * a).cos()], dim=1)
+
+
+@pytest.mark.parametrize("norm, eps, loss", [
+    ("linf", Fraction(1, 12), "ce"), ("linf", Fraction(1, 12), "kl"), ("l2", Fraction(1, 10), "dlr"),
+])  # fmt: skip
+def test_restarts_in_one_batch_answer_bit_for_bit_as_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, norm: str, eps: Fraction, loss: str
+) -> None:
+    x = torch.rand(20, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    y = Curved()(x).argmax(dim=1)
+    shown: list[int] = []
+    attack = PGD(norm=norm, eps=eps, steps=6, step_size=eps / 8, restarts=15, loss=loss)
+
+    def answer() -> Tensor:
+        model = Curved()
+        model.register_forward_hook(lambda *passed: shown.append(len(passed[1][0])))
+        return attack(model, x, y)
+
+    together, batches = answer(), len(shown)
+    monkeypatch.setattr(PGD, "_at_once", lambda *_: 1)
+    shown.clear()
+    assert torch.equal(answer(), together)
+    assert batches < 0.6 * len(shown)
+    broken = Curved()(together).argmax(dim=1) != y
+    first = Curved()(PGD(norm=norm, eps=eps, steps=6, step_size=eps / 8, loss=loss)(Curved(), x, y)).argmax(dim=1) != y
+    assert first.sum() < broken.sum() < len(x), "later restarts broke some, and some stand"
+
+
+def test_restarts_in_one_batch_break_the_same_images_of_a_trained_network(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = digits.x[:40], digits.y[:40]
+    attack = PGD(eps=Fraction(1, 12), steps=4, restarts=8)
+    together = attack(digits.model, x, y)
+    monkeypatch.setattr(PGD, "_at_once", lambda *_: 1)
+    torch.testing.assert_close(attack(digits.model, x, y), together, atol=1e-5, rtol=0)
+
+
+class Hole(nn.Module):
+    """Logits without a number where the first pixel is above 0.55; elsewhere class 0, surely and without a slope to go up."""
+
+    def __init__(self, value: float, place: int) -> None:
+        super().__init__()
+        self.value, self.place = value, place
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixel = x.flatten(1)[:, 0]
+        logits = torch.stack([1 - pixel, pixel - 1, pixel - 2], dim=1)
+        hole = torch.zeros(3)
+        hole[self.place] = self.value
+        return torch.where((pixel > 0.55).unsqueeze(1), logits + hole, logits)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("value, loss", [
+    *((float("nan"), loss) for loss in ("ce", "margin", "dlr", "kl")), (float("inf"), "ce"), (float("-inf"), "dlr"),
+])  # fmt: skip
+def test_logits_without_a_number_on_the_way_count_as_broken_and_stop_nothing(value: float, place: int, loss: str) -> None:
+    """argmax of a NaN is its own place: with the NaN in the true class, a plain comparison would call the image correct."""
+    x, y = torch.tensor([0.5, 0.52, 0.1]).view(3, 1, 1, 1), torch.zeros(3, dtype=torch.long)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for seed in (0, None):  # kl may lead away from the hole, so that it needs several starts
+            x_adv = PGD(eps=EPS, steps=10, restarts=8, loss=loss, seed=seed)(Hole(value, place), x, y)
+            assert x_adv.isfinite().all()
+            assert (x_adv.flatten() > 0.55).tolist() == [True, True, False]
+        last = PGD(eps=EPS, steps=10, loss=loss, seed=None, last=True)(Hole(value, place), x, y)
+        assert last.isfinite().all()
+    already = torch.full((1, 1, 1, 1), 0.6)
+    assert torch.equal(PGD(eps=EPS, loss=loss)(Hole(value, place), already, y[:1]), already)
+
+
 @pytest.mark.parametrize("norm, eps", [("linf", EPS), ("l2", Fraction(1, 2))])
-@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "kl"])
 @pytest.mark.parametrize("extra", [{}, {"seed": None}, {"last": True}, {"seed": None, "last": True}])
 def test_every_answer_is_in_the_exact_ball(digits: Any, norm: str, eps: Fraction, loss: str, extra: dict[str, Any]) -> None:
     x, y = digits.x[:40], digits.y[:40]
@@ -62,7 +184,8 @@ def test_every_answer_is_in_the_exact_ball(digits: Any, norm: str, eps: Fraction
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert (x_adv.requires_grad, x_adv.shape, x_adv.dtype) == (False, x.shape, torch.float32)
-    assert accuracy(digits.model, x_adv, y) < accuracy(digits.model, x, y) - 0.1
+    if loss != "kl":  # which may lead to the own class as well
+        assert accuracy(digits.model, x_adv, y) < accuracy(digits.model, x, y) - 0.1
 
 
 def test_as_strong_as_torchattacks_on_trained_digits(digits: Any) -> None:
@@ -240,7 +363,8 @@ def test_an_empty_batch_is_answered_with_an_empty_batch(digits: Any) -> None:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"loss": "kl"}, "unknown loss 'kl': choose one of ce, margin"),
+        ({"loss": "hinge"}, "unknown loss 'hinge': choose one of ce, margin, dlr, kl"),
+        ({"loss": "kl", "random_start": False}, "kl has no gradient at the clean image"),
         ({"steps": 0}, "at least 1, got 0"),
         ({"restarts": 3, "random_start": False}, "3 restarts would repeat"),
         ({"restarts": 2, "last": True}, "2 restarts would repeat"),
