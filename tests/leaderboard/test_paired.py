@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binom
 from scipy.stats import t as student
 
-from leaderboard.paired import mean_over, share_over
+from leaderboard.paired import mean_over, share_over, spread
 from leaderboard.stats import interval
 
 
@@ -97,3 +97,41 @@ def test_a_share_near_zero_is_never_surer_than_wilson_on_one_seeds_images() -> N
 def test_too_little_is_refused(values: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="needs two images and a seed, every value known"):
         mean_over(values)
+
+
+# ---- two sources of variance -------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_the_spread_are_those_of_the_two_way_analysis_of_variance() -> None:
+    from statsmodels.formula.api import ols
+    from statsmodels.stats.anova import anova_lm
+
+    values = drawn(np.random.default_rng(5), 5, 40, 0.9, 0.5)
+    long = pd.DataFrame(values).melt(var_name="seed", value_name="d", ignore_index=False).reset_index(names="image")
+    table = anova_lm(ols("d ~ C(image) + C(seed)", long).fit())
+    square = table["sum_sq"] / table["df"]
+    found = spread(pd.DataFrame(values))
+    assert found.rest**2 == pytest.approx(square["Residual"])
+    assert found.images**2 == pytest.approx((square["C(image)"] - square["Residual"]) / 5)
+    assert found.seeds**2 == pytest.approx((square["C(seed)"] - square["Residual"]) / 40)
+
+
+def test_the_spread_finds_the_parts_that_a_table_was_made_of() -> None:
+    rng = np.random.default_rng(6)
+    values = rng.normal(0, 2, (4000, 1)) + rng.normal(0, 0.5, (1, 300)) + rng.normal(0, 1, (4000, 300))
+    found = spread(pd.DataFrame(values))
+    assert (found.images, found.seeds, found.rest) == pytest.approx((2, 0.5, 1), rel=0.1)
+
+
+def test_seeds_that_differ_by_no_more_than_chance_have_no_spread_of_their_own() -> None:
+    """Coins per image: with equal coins at each seed, what the seeds' means differ by is all due to the images."""
+    rng = np.random.default_rng(7)
+    found = [spread(pd.DataFrame(rng.random((200, 4)) < 0.5)) for _ in range(40)]
+    assert np.mean([one.seeds**2 for one in found]) < 0.001  # against 0.25 / 200 of the seeds' own means
+    assert np.mean([one.rest**2 for one in found]) == pytest.approx(0.25, rel=0.02)
+
+
+def test_one_seed_tells_nothing_about_seeds() -> None:
+    found = spread(pd.DataFrame({0: [1, 0, 1, 1]}))
+    assert found.images == pytest.approx(0.5)  # sqrt(4/3 * 3/16)
+    assert np.isnan([found.seeds, found.rest]).all()

@@ -53,6 +53,19 @@ def test_high_probability_accuracy_is_cohens_formula() -> None:
     assert high_probability_accuracy(0.001, 500, 0.001) == 0.0
 
 
+@pytest.mark.parametrize("n", [100, 500, 1000, 10_000])
+@pytest.mark.parametrize("alpha, rho", [(0.001, 0.001), (0.01, 0.001), (0.05, 0.01)])
+def test_high_probability_accuracy_holds_with_its_probability(n: int, alpha: float, rho: float) -> None:
+    """More certificates fail than it takes off with probability rho at most; Cohen's formula alone breaks that at 10,000."""
+    taken = 1 - high_probability_accuracy(1.0, n, alpha, rho)
+    assert binom.sf(math.floor(n * taken + 1e-9), n, alpha) <= rho
+
+
+def test_high_probability_accuracy_is_no_more_than_the_exact_binomial_one() -> None:
+    # of 10,000 certificates at alpha 0.001 up to 21 may fail but once in 1,000 times; the formula would take off 20.6
+    assert high_probability_accuracy(0.8, 10_000, 0.001) == pytest.approx(0.8 - 0.0021)
+
+
 def test_metrics_are_the_shares_counted_by_hand() -> None:
     metrics = metrics_of(cell_of(), rows_of())
     # 20 samples: 2 misclassified; of 18 right, apgd breaks 4, pgd-50 two of those; ibp proves 6, crown those and 3 more
