@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -15,7 +16,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ("attacks", "bench", "verifiers")
-PACKAGES = ("torch", "numpy", "scipy", "auto-LiRPA", "torchattacks", "scikit-learn", "safetensors")
+PACKAGES = (
+    "torch", "numpy", "scipy", "auto-LiRPA", "torchattacks", "scikit-learn", "safetensors", "pandas", "statsmodels",
+    "torchvision", "onnx", "onnx2torch",
+)
 
 
 def file_digest(path: str | Path) -> str:
@@ -88,6 +92,25 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({platform.machine()})"
 
 
+def machine() -> dict[str, Any]:
+    """The kind of machine, so that two kinds can be told apart; never its name or an id, which are nobody's business."""
+    return {"processor": processor(), "cores": os.cpu_count() or 1, "memory_gib": memory_gib()}
+
+
+def processor() -> str:
+    """The processor's model, such as "AMD EPYC 7763 64-Core Processor"; its architecture where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, [*named, platform.processor(), platform.machine()]), "unknown")
+
+
+def memory_gib() -> int:
+    return max(1, round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30))
+
+
 def provenance(device: torch.device, data: str) -> dict[str, Any]:
     """The record's provenance block."""
     commit, dirty = revision()
@@ -99,6 +122,7 @@ def provenance(device: torch.device, data: str) -> dict[str, Any]:
         "packages": packages(),
         "python": platform.python_version(),
         "device": device_name(device),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "data": data,
     }

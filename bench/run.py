@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from leaderboard.canonical import digest, sha256_file
+from leaderboard.entering import enter, retire
+from leaderboard.migrations import SCHEMA
 from leaderboard.stats import metrics_of
 
 from .build import build
@@ -37,8 +39,6 @@ from .selfcheck import stamp
 from .sparsity import budget_of, kept_of, layer_counts
 from .train import Training, derived_seed, nothing
 from .witnesses import save_witnesses, witnesses
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -233,17 +233,20 @@ def write_record(
     cell: Cell, folders: Folders, data: Dataset, samples: Split, model: nn.Module, stored: Mapping[str, Stored],
     out: Evaluation, device: torch.device,
 ) -> dict[str, Any]:
-    """Weights and verdict rows first, the record last: a record on disk is a whole one."""
+    """Weights and verdict rows first, then the record, then its line in the ledger: a record on disk is a whole one.
+
+    An earlier record of the cell is moved away before any file it speaks of changes.
+    """
     sparsity, warnings = sparsity_of(model, cell, stored)
     warnings += [f"{data.name}: {data.note}"] if data.note else []
     warnings += _own_loss(cell)
+    before = retire(folders.records, cell.id)
     weights, rows = folders.checkpoints / f"{cell.id}.safetensors", folders.records / f"{cell.id}.parquet"
     card = Card(cell.arch, data.shape, data.classes, data.name, facts={"cell": cell.id})
     save_checkpoint(weights, model.state_dict(), card)
     kept = _write_stored(folders.checkpoints / f"{cell.id}.stored.safetensors", model, stored, card)
     write_whole(rows, lambda temporary: out.rows.to_parquet(temporary, index=False))
     witnessed = _write_witnesses(folders.records / f"{cell.id}.witnesses.safetensors", out)
-    before = stored_record(cell, folders)
     described = cell.as_json()
     record = {
         "schema": SCHEMA, "id": cell.id, "suite": cell.suite, "suite_version": cell.version, "status": "measured",
@@ -259,17 +262,15 @@ def write_record(
         "provenance": {
             **provenance(device, data.digest), "plugins": plugin_digests(cell), "selfcheck": stamp(folders.root, device),
         },
-        "supersedes": None if before is None else before["digest"],
+        "supersedes": before,
         "timing": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": out.seconds,
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         },
     }
     record["digest"] = digest(record)
-    if before is not None:
-        keep = make_folder(folders.root / "superseded")
-        write_json(keep / f"{cell.id}-{before['digest'][:8]}.json", before)
     write_json(folders.record(cell), record)
+    enter(folders.records, record)
     return record
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from leaderboard.entering import adopt
+
 from .cells import Cell, Suite
 from .files import make_folder, sweep
 from .models import build_model
@@ -51,6 +53,8 @@ def run_suite(
     make_folder(folders.root)
     folders.make()
     sweep(folders.root)
+    if adopted := adopt(folders.records):
+        console.print(f"{len(adopted)} whole records that the ledger did not list are entered into it", highlight=False)
     chosen = sorted(cells if cells is not None else suite.cells, key=lambda cell: cell.density != 1)
     records, todo, stale = {}, [], 0
     for cell in chosen:

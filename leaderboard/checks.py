@@ -2,54 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import multiprocessing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leaderboard import row_checks
+from leaderboard import ledger, row_checks
 from leaderboard.canonical import digest, sha256_file
 from leaderboard.errors import RecordError
 from leaderboard.record import Bits, Layers, Record, read, record_files
-from leaderboard.stats import metrics_of, number, within_threat
+from leaderboard.stats import ball, is_smoothing, metrics_of, number, within_threat
 
 if TYPE_CHECKING:
     import pandas as pd
+
+WORTH_A_PROCESS = 32  # records: fewer are checked before another process has started
 
 
 def check(record: Record, folder: str | Path) -> list[str]:
     """Every problem found with a record in the `records` folder it lies in, one sentence each; empty where it holds.
 
-    Digest, evidence digests, metrics derived again, verdict rows (see `row_checks`), and, where the weights files are
+    Digest, evidence digests, metrics derived again, totals, verdict rows (see `row_checks`), and, where the weights files are
     present, their non-zeros counted again: those of the plain weights and those of the stored form, whose bits are, too.
     """
-    folder = Path(folder)
-    problems = [*_digest(record), *_sparsity(record), *_weights(record, folder)]
-    problems += [*_verdict_digest(record, folder), *_witness_digest(record, folder)]
-    try:
-        rows = record.verdicts(folder)
-    except RecordError as error:
-        return [*problems, str(error)]
-    return [*problems, *_samples(record, rows), *_metrics(record, rows), *row_checks.problems(record.document["cell"], rows)]
+    folder, problems = Path(folder), list[str]()
+    for found in (
+        _digest(record), _sparsity(record), _weights(record, folder), _verdict_digest(record, folder),
+        _witness_digest(record, folder), _totals(record), _rows(record, folder),
+    ):  # fmt: skip
+        try:
+            problems.extend(found)
+        except Exception as error:  # whoever forged a file may have put anything into it
+            problems.append(f"what it says cannot be made sense of ({type(error).__name__}: {error})")
+    return problems
 
 
-def check_all(run_folder: str | Path) -> dict[str, list[str]]:
+def check_all(run_folder: str | Path, processes: int = 1) -> dict[str, list[str]]:
     """The problems of every record under `<run_folder>/records` by id; an unreadable one is listed by its file's stem.
 
     Raises RecordError where there is no such folder.
     """
-    folder = Path(run_folder) / "records"
-    found = {}
+    return check_records(Path(run_folder) / "records", processes)
+
+
+def check_records(folder: str | Path, processes: int = 1) -> dict[str, list[str]]:
+    """The same of a folder that holds the records itself. Where they are many, up to `processes` share the work."""
+    paths = list(record_files(folder))
+    processes = min(processes, len(paths) // WORTH_A_PROCESS)
+    if processes < 2:
+        return dict(map(_checked, paths))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return dict(pool.map(_checked, paths, chunksize=WORTH_A_PROCESS // 2))
+
+
+def _checked(path: Path) -> tuple[str, list[str]]:
+    try:
+        return path.stem, check(read(path), path.parent)
+    except RecordError as error:
+        return path.stem, [str(error)]
+
+
+def folder_problems(folder: str | Path) -> list[str]:
+    """What is wrong with a `records` folder as a whole, one sentence each: its ledger, every listed byte, who replaces whom."""
+    readable = []
     for path in record_files(folder):
         try:
-            found[path.stem] = check(read(path), folder)
-        except RecordError as error:
-            found[path.stem] = [str(error)]
-    return found
+            readable.append(read(path))
+        except RecordError:  # `check_records` says so
+            continue
+    found = ledger.problems(folder)
+    return [*found, *_replaced(readable), *([] if found else _listed_as_said(readable, folder))]
+
+
+def _listed_as_said(records: Iterable[Record], folder: str | Path) -> Iterator[str]:
+    """The ledger names the record's own digest, and its verdict table among the files that may not change."""
+    stands = ledger.standing(ledger.entries(folder))
+    for one in records:
+        if stands[one.id].digest != one.digest:
+            yield f"{one.id}: the ledger lists the digest {stands[one.id].digest[:12]}..., the record's is {one.digest[:12]}..."
+        if one.evidence.verdicts not in stands[one.id].files:
+            yield f"{one.id}: the ledger does not list its verdict table {one.evidence.verdicts}"
+
+
+def _replaced(records: Iterable[Record]) -> Iterator[str]:
+    """A record may replace an earlier one of its own cell, which then stands here no longer, and nobody else's."""
+    standing = {one.digest: one.id for one in records} | {one.id: one.id for one in records}
+    for one in records:
+        if one.supersedes in standing:
+            yield f"{one.id}: says that it supersedes {standing[one.supersedes]}, which still stands; move one of the two away"
 
 
 def _digest(record: Record) -> Iterator[str]:
-    actual = digest(record.document)
+    actual = digest(record.original)
     if actual != record.digest:
         yield f"digest is {record.digest[:12]}..., but the record's content gives {actual[:12]}...: it was edited after writing"
 
@@ -65,6 +111,32 @@ def _witness_digest(record: Record, folder: Path) -> Iterator[str]:
     path = folder / (name or "")
     if path.is_file() and sha256_file(path) != record.evidence.witnesses_sha256:  # like weights, they need not travel along
         yield f"{path.name} is not the file of witnesses that was recorded: its sha256 differs from witnesses_sha256"
+
+
+def _totals(record: Record) -> Iterator[str]:
+    """In total, too: certified by a deterministic verifier <= survivors of an attack in the same ball <= clean."""
+    cell, metrics = record.document["cell"], record.metrics
+    for name, share in metrics.robust.items():
+        if share.hits > metrics.clean.hits:
+            yield f"robust.{name} has {share.hits} hits, more than clean with {metrics.clean.hits}"
+    for verifier in (one for one in cell["verifiers"] if not is_smoothing(one) and one["label"] in metrics.certified):
+        hits, (norm, eps) = metrics.certified[verifier["label"]].hits, ball(cell, verifier)
+        within = [one for one in cell["attacks"] if ball(cell, one)[0] == norm and ball(cell, one)[1] <= eps]
+        above = {"clean": metrics.clean, **{f"robust.{one['label']}": metrics.robust.get(one["label"]) for one in within}}
+        for name, share in ((name, share) for name, share in above.items() if share is not None):
+            if hits > share.hits:
+                yield f"certified.{verifier['label']} has {hits} hits, more than {name} with {share.hits}"
+
+
+def _rows(record: Record, folder: Path) -> Iterator[str]:
+    try:
+        rows = record.verdicts(folder)
+    except RecordError as error:
+        yield str(error)
+        return
+    yield from _samples(record, rows)
+    yield from _metrics(record, rows)
+    yield from row_checks.problems(record.document["cell"], rows)
 
 
 def _samples(record: Record, rows: pd.DataFrame) -> Iterator[str]:

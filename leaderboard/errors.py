@@ -13,3 +13,11 @@ class RecordError(LeaderboardError):
 
 class BoardError(LeaderboardError):
     """Records that may not stand on one board."""
+
+
+class RefusedError(LeaderboardError):
+    """Records that do not hold, and so enter no board and leave in no submission: `reasons`, one sentence each."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons

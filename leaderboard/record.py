@@ -1,4 +1,4 @@
-"""The format of a record (schema 1): what a measured cell claims, and where the evidence lies."""
+"""The format of a record (schema 2): what a measured cell claims, and where the evidence lies."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from leaderboard.errors import RecordError
+from leaderboard.migrations import SCHEMA, STEPS, migrated
 from leaderboard.stats import is_smoothing
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SCHEMA = 1
 
 
 def _fraction(text: str) -> str:
@@ -32,6 +31,7 @@ def _file_name(text: str) -> str:
         raise ValueError(f"{text!r} is no plain file name")
     return text
 
+LARGEST_TABLE = 10**8  # values: a packed file of a few bytes may hold any number of them
 
 # The pattern keeps exponents out: Fraction("1e999999999") would be exact and never finish.
 FractionText = Annotated[str, Field(pattern=r"^\d{1,15}(\.\d{1,15}|/\d{1,15})?$"), AfterValidator(_fraction)]
@@ -183,6 +183,14 @@ class SelfChecks(Strict):
     warnings: list[str]
 
 
+class Machine(Strict):
+    """What kind of machine measured, without a word of whose it is."""
+
+    processor: str
+    cores: Annotated[int, Field(gt=0)]
+    memory_gib: Annotated[int, Field(gt=0)]
+
+
 class Provenance(Strict):
     version: str
     code: str
@@ -191,6 +199,7 @@ class Provenance(Strict):
     packages: dict[str, str]
     python: str
     device: str
+    machine: Machine | None  # unknown in records of schema 1
     threads: int
     data: str
     plugins: dict[str, Sha256] = Field(default_factory=dict)
@@ -204,7 +213,7 @@ class Timing(Strict):
 
 
 class Record(Strict):
-    """One measured cell. `document` is the JSON as it was read, which digests are taken of."""
+    """One measured cell. `document` is its JSON in the newest schema, `original` as it was read, which digests are taken of."""
 
     schema_: int = Field(alias="schema")
     id: FileName
@@ -222,6 +231,7 @@ class Record(Strict):
     digest: Sha256
     timing: Timing
     _document: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _original: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _agrees(self) -> Record:
@@ -236,22 +246,32 @@ class Record(Strict):
     def document(self) -> dict[str, Any]:
         return self._document
 
+    @property
+    def original(self) -> dict[str, Any]:
+        return self._original
+
     def verdicts(self, folder: str | Path) -> pd.DataFrame:
         """The verdict rows, one per test sample, with every column that the cell calls for in its right type.
 
         `folder` is the one the record lies in. Raises RecordError for a missing or unreadable file, a missing
         column or one of the wrong type.
         """
-        import pandas as pd
+        from pyarrow.parquet import ParquetFile
 
         path = Path(folder) / self.evidence.verdicts
         try:
-            rows = pd.read_parquet(path)
+            with ParquetFile(path, memory_map=False) as table:
+                if (size := table.metadata.num_rows * table.metadata.num_columns) > LARGEST_TABLE:
+                    raise RecordError(f"{path.name}: {size} values are too many for a verdict table, at most {LARGEST_TABLE}")
+                rows = table.read(use_threads=False).to_pandas(use_threads=False)
+        except RecordError:
+            raise
         except FileNotFoundError:
             raise RecordError(f"{path.name}: the verdict table is missing; copy it next to its record") from None
         except Exception as error:  # pyarrow raises many kinds for a damaged file
             raise RecordError(f"{path.name}: cannot be read as Parquet ({type(error).__name__}: {error})") from error
-        for column, kind in columns_of(self.document["cell"]).items():
+        may = {column: kind for column, kind in optional_columns(self.document["cell"]).items() if column in rows}
+        for column, kind in {**columns_of(self.document["cell"]), **may}.items():
             if column not in rows:
                 raise RecordError(f"{path.name}: column {column!r} is missing; the record's cell calls for it")
             if not _is_kind(rows[column], kind):
@@ -272,6 +292,12 @@ def columns_of(cell: dict[str, Any]) -> dict[str, str]:
     return columns
 
 
+def optional_columns(cell: dict[str, Any]) -> dict[str, str]:
+    """The columns that it may have besides, of verifiers that look for counterexamples or test as they draw."""
+    kinds = {"survived": "truth", "distance": "number", "looks": "text"}
+    return {f"{name}:{verifier['label']}": kind for verifier in cell["verifiers"] for name, kind in kinds.items()}
+
+
 def _is_kind(column: pd.Series, kind: str) -> bool:
     from pandas.api import types
 
@@ -289,13 +315,14 @@ def parse(document: Any, name: str) -> Record:
         raise RecordError(f"{name}: schema is {schema!r}, expected the number {SCHEMA}; is this a record of sparsecert?")
     if schema > SCHEMA:
         raise RecordError(f"{name}: schema {schema} is newer than {SCHEMA}, the newest read here; upgrade sparsecert")
-    if schema < SCHEMA:
-        raise RecordError(f"{name}: schema {schema} is older than {SCHEMA}, the one read here; migrate the record first")
+    if schema < min(STEPS):
+        raise RecordError(f"{name}: there never was a schema {schema}; restore the file")
+    newest = migrated(document)
     try:
-        record = Record.model_validate(document)
+        record = Record.model_validate(newest)
     except ValidationError as error:
         raise RecordError(f"{name}: {_first(error)}") from None
-    record._document = document
+    record._document, record._original = newest, document
     return record
 
 

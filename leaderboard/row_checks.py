@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
 
 from leaderboard.stats import asked, ball, breakers, certified, is_smoothing, number, threat_verifiers, within_threat
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
+
+# A verdict table's columns by name, a frame or arrays: comparing these is many times quicker than comparing pandas' series.
+Columns: TypeAlias = "pd.DataFrame | Mapping[str, np.ndarray]"
 
 VERDICTS = ("misclassified", "broken", "certified", "open", "timeout", "error")
 STATUSES = ("proved", "broken", "open", "abstain", "misclassified", "skipped", "timeout", "error")
@@ -21,16 +25,18 @@ ORDER = ("ibp", "crown-ibp", "crown")
 RADIUS_TOLERANCE = 1e-12
 # A float32 image moved by exactly eps may measure this much further in float64.
 DISTANCE_ALLOWANCE = 1e-6
+CLEAR_MARGIN = 1e-3  # of logits; near zero, float64 decides, so rounding moves a margin by a thousandth of this at most
 LEAST_GROWTH = Fraction(101, 100)  # of the looks of a sequential test: with less, there are too many to go through
 
 
 def problems(cell: dict[str, Any], rows: pd.DataFrame) -> list[str]:
     """Every way in which the rows of a cell contradict themselves, one sentence each, with the samples' numbers."""
-    checks = (attacks, verifiers, proofs_against_attacks, order_of_verifiers, smoothing, verdicts)
-    return [sentence for one in checks for sentence in one(cell, rows)]
+    checks = (attacks, verifiers, proofs_against_attacks, order_of_verifiers, monotone_in_eps, smoothing, verdicts)
+    columns = {name: rows[name].to_numpy() for name in rows}
+    return [sentence for one in checks for sentence in one(cell, columns)]
 
 
-def where(rows: pd.DataFrame, offends: Any, sentence: str) -> Iterator[str]:
+def where(rows: Columns, offends: Any, sentence: str) -> Iterator[str]:
     """The sentence and the first few samples for which it holds; nothing where there are none."""
     found = rows["index"][offends].tolist()
     if found:
@@ -40,38 +46,62 @@ def where(rows: pd.DataFrame, offends: Any, sentence: str) -> Iterator[str]:
         )
 
 
-def correct(rows: pd.DataFrame) -> pd.Series:
+def _only(rows: Columns, mask: Any) -> Columns:
+    return {name: rows[name][mask] for name in rows}
+
+
+def correct(rows: Columns) -> Any:
     return rows["predicted"] == rows["label"]
 
 
-def attacks(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
+def attacks(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
     """A misclassified image cannot survive; a correct one was really attacked, and a broken one inside the ball."""
     for attack in cell["attacks"]:
         label, eps = attack["label"], ball(cell, attack)[1]
         survived, distance = rows[f"survived:{label}"], rows[f"distance:{label}"]
         yield from where(rows, ~correct(rows) & survived, f"misclassified, yet said to survive {label}")
-        spared = distance.isna() & (rows.reset_index().index < attack.get("first", len(rows)))
+        spared = np.isnan(distance) & (np.arange(len(distance)) < attack.get("first", len(distance)))
         yield from where(rows, correct(rows) & survived & spared, f"said to survive {label}, but never attacked")
-        broken = correct(rows) & ~survived
-        yield from where(rows, broken & ~(distance <= float(eps) + DISTANCE_ALLOWANCE), (
+        broken, (by_another, before) = correct(rows) & ~survived, _broken_by_others(cell, rows, attack)
+        inside = (distance <= float(eps) + DISTANCE_ALLOWANCE) | (np.isnan(distance) & by_another)
+        yield from where(rows, broken & ~inside, (
             f"broken by {label}, but the distance of the witness is outside its ball of {eps}"
         ))
+        yield from where(rows, before & ~np.isnan(distance), f"{label} is for what no other attack has broken, but was run")
 
 
-def verifiers(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
+def _broken_by_others(cell: dict[str, Any], rows: Columns, attack: dict[str, Any]) -> tuple[Any, Any]:
+    """Of an attack with `rest`, which counts what others have broken in a ball within its own as broken, without a distance:
+
+    (broken by some other one, whose distance stands there; broken by one that is sure to have been run before). Else nothing.
+    """
+    by_another = before = rows["index"] != rows["index"]
+    norm, eps = ball(cell, attack)
+    for other in cell["attacks"] if attack.get("rest") else ():
+        other_norm, other_eps = ball(cell, other)
+        if other is attack or other_norm != norm or other_eps > eps:
+            continue
+        measured = ~np.isnan(rows[f"distance:{other['label']}"])
+        hit = correct(rows) & ~rows[f"survived:{other['label']}"] & measured
+        by_another = by_another | hit
+        before = before | (hit & (not other.get("rest")))
+    return by_another, before
+
+
+def verifiers(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
     """Statuses are known words, a radius is a finite number from 0, and proved means a radius above 0."""
     for verifier in cell["verifiers"]:
         label = verifier["label"]
         status, radius = rows[f"status:{label}"], rows[f"radius:{label}"]
-        yield from where(rows, ~status.isin(STATUSES), f"status:{label} is none of {', '.join(STATUSES)}")
+        yield from where(rows, ~np.isin(status, STATUSES), f"status:{label} is none of {', '.join(STATUSES)}")
         yield from where(rows, ~((radius >= 0) & (radius < float("inf"))), f"radius:{label} is no finite number from 0")
         yield from where(rows, (status == "proved") & ~(radius > 0), f"{label} says proved with radius 0")
         # Smoothing may prove a radius that is too small for the suite's question: open, with a radius.
         may_prove = ("proved", "open") if is_smoothing(verifier) else ("proved",)
-        yield from where(rows, ~status.isin(may_prove) & (radius > 0), f"{label} has a radius without having proved it")
+        yield from where(rows, ~np.isin(status, may_prove) & (radius > 0), f"{label} has a radius without having proved it")
 
 
-def proofs_against_attacks(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
+def proofs_against_attacks(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
     """Certified implies correct, and robust against every attack of the norm whose witness lies within the radius.
 
     The witness's measured distance decides; an attack with no larger an eps than the radius lies within it by its ball.
@@ -92,7 +122,7 @@ def proofs_against_attacks(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator
             yield from where(rows, broken & inside & (radius > 0), f"certified by {label}, yet broken by {attack['label']}")
 
 
-def order_of_verifiers(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
+def order_of_verifiers(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
     """Of two bounds asked about the same ball, the one that includes the other certifies no less."""
     for one, other in product(cell["verifiers"], cell["verifiers"]):
         names = tuple(v["name"].replace("_", "-") for v in (one, other))
@@ -100,12 +130,27 @@ def order_of_verifiers(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str
             continue
         if (one["norm"], Fraction(one["eps"])) != (other["norm"], Fraction(other["eps"])):
             continue
-        answered = rows[f"status:{other['label']}"].isin(("proved", "open"))  # a time-out or error proves nothing
+        answered = np.isin(rows[f"status:{other['label']}"], ("proved", "open"))  # a time-out or error proves nothing
         lost = answered & (rows[f"radius:{one['label']}"] > rows[f"radius:{other['label']}"])
         yield from where(rows, lost, f"certified by {one['label']}, but not by {other['label']}, which includes it")
 
 
-def smoothing(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
+def monotone_in_eps(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
+    """What interval bounds certify in a ball, they certify in every smaller one: inclusion keeps their order.
+
+    Of all verifiers only `ibp` promises that: the relaxations of the others are chosen anew for every ball. A margin that
+    rounding could have made is left out.
+    """
+    for large, small in product(cell["verifiers"], cell["verifiers"]):
+        same_question = {**large, "eps": "", "label": ""} == {**small, "eps": "", "label": ""}
+        if small["name"] != ORDER[0] or not same_question or Fraction(small["eps"]) >= Fraction(large["eps"]):
+            continue
+        sure = (rows[f"radius:{large['label']}"] > 0) & (rows[f"margin:{large['label']}"] > CLEAR_MARGIN)
+        lost = sure & (rows[f"status:{small['label']}"] == "open")
+        yield from where(rows, lost, f"certified by {large['label']}, but not by {small['label']}, which asks for less")
+
+
+def smoothing(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
     """Radii follow from the counts: by Clopper-Pearson for the rule `fixed`, by testing again on the looks for `sequential`.
 
     No rule exceeds sigma Phi^-1(alpha^(1/n)).
@@ -117,18 +162,18 @@ def smoothing(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
         if "alpha" not in verifier:
             yield f"verifier {label} records no alpha, so its radii cannot be derived again"
             continue
-        answered = rows[asked(rows, label) & ~rows[f"status:{label}"].isin(("timeout", "error"))]
+        answered = _only(rows, asked(rows, label) & ~np.isin(rows[f"status:{label}"], ("timeout", "error")))
         hits, n = answered[f"hits:{label}"], answered[f"n:{label}"]
         impossible = (hits < 0) | (hits > n) | (n < 1)
         yield from where(answered, impossible, f"hits:{label} is no count out of n:{label}")
-        yield from _radii(verifier, answered[~impossible])
+        yield from _radii(verifier, _only(answered, ~impossible))
         abstains = (answered[f"status:{label}"] == "abstain") != (answered[f"predicted:{label}"] == -1)
         yield from where(answered, abstains, f"status:{label} and predicted:{label} disagree about abstaining")
 
 
-def _radii(verifier: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
+def _radii(verifier: dict[str, Any], rows: Columns) -> Iterator[str]:
     label, alpha, sigma = verifier["label"], number(verifier["alpha"]), number(verifier["sigma"])
-    hits, n, radius = (rows[f"{name}:{label}"].to_numpy() for name in ("hits", "n", "radius"))
+    hits, n, radius = (rows[f"{name}:{label}"] for name in ("hits", "n", "radius"))
     yield from where(rows, radius > certified_radius(n, n, alpha, sigma) + RADIUS_TOLERANCE, (
         f"radius:{label} is above what any {label} run of its n can prove"
     ))
@@ -136,7 +181,7 @@ def _radii(verifier: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
     if not isinstance(full, int) or Fraction(str(verifier.get("growth", 2))) < LEAST_GROWTH:
         yield f"verifier {label} records no number of draws n, or a growth of looks below {LEAST_GROWTH}"
         return
-    right = (rows[f"predicted:{label}"] == rows["label"]).to_numpy()
+    right = rows[f"predicted:{label}"] == rows["label"]
     if rule == "sequential":
         yield from _sequential(verifier, rows, right)
     elif rule != "fixed":
@@ -149,17 +194,17 @@ def _radii(verifier: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
         yield from where(rows, wrong, f"radius:{label} is not the one that hits:{label} out of n:{label} prove")
 
 
-def _curtailed(verifier: dict[str, Any], rows: pd.DataFrame, right: Any) -> Iterator[str]:
+def _curtailed(verifier: dict[str, Any], rows: Columns, right: Any) -> Iterator[str]:
     """The radius is eps or 0, and the draws that were left out could not have changed which."""
     label, alpha, sigma = verifier["label"], number(verifier["alpha"]), number(verifier["sigma"])
-    hits, n, radius = (rows[f"{one}:{label}"].to_numpy() for one in ("hits", "n", "radius"))
+    hits, n, radius = (rows[f"{one}:{label}"] for one in ("hits", "n", "radius"))
     full, eps = verifier["n"], number(verifier["eps"])
     worst, best = (certified_radius(least, full + 0 * n, alpha, sigma) >= eps for least in (hits, hits + full - n))
     yield from where(rows, (n > full) | (worst != best), f"n:{label} stopped while the remaining draws could matter")
     yield from where(rows, radius != eps * (worst & right), f"radius:{label} is not the one that hits:{label} decide")
 
 
-def _sequential(verifier: dict[str, Any], rows: pd.DataFrame, right: Any) -> Iterator[str]:
+def _sequential(verifier: dict[str, Any], rows: Columns, right: Any) -> Iterator[str]:
     """The radius is the largest of the grid that the stored looks certify, all smaller ones being certified as well."""
     label, alpha, sigma, n = verifier["label"], number(verifier["alpha"]), number(verifier["sigma"]), verifier["n"]
     if f"looks:{label}" not in rows:
@@ -200,7 +245,6 @@ def retested(looks: list[tuple[int, int]], grid: list[float], n_max: int, alpha:
     Half of alpha is the mixture of likelihood ratios over Beta(1, 1/4) cut to (Phi(r / sigma), 1) reaching 2 / alpha (Ville's
     inequality), half the Clopper-Pearson bound at the last planned look. What underflows is -inf or NaN and certifies nothing.
     """
-    import numpy as np
     from scipy.special import betaincc, betaln, ndtr
 
     n, hits = (np.array(column, dtype=np.float64) for column in zip(*looks, strict=True))
@@ -223,7 +267,6 @@ def certified_radius(hits: np.ndarray, n: np.ndarray, alpha: float, sigma: float
 
     Cohen et al., arXiv 1902.02918, theorem 1 and section 3.2.2.
     """
-    import numpy as np
     from scipy.special import betaincinv, ndtri
 
     hits, n = np.asarray(hits, dtype=np.float64), np.asarray(n, dtype=np.float64)
@@ -232,13 +275,13 @@ def certified_radius(hits: np.ndarray, n: np.ndarray, alpha: float, sigma: float
     return np.where(p > 0.5, sigma * ndtri(np.maximum(p, 0.5)), 0.0)
 
 
-def verdicts(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
+def verdicts(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
     """The typed verdict agrees with the columns it sums up, and `by` names who decided it."""
     verdict, by = rows["verdict"], rows["by"]
     broken, broken_by = _broken(cell, rows)
     proven, proven_by = _proven(cell, rows)
     failed = {word: _any_status(cell, rows, word) for word in ("timeout", "error")}
-    yield from where(rows, ~verdict.isin(VERDICTS), f"verdict is none of {', '.join(VERDICTS)}")
+    yield from where(rows, ~np.isin(verdict, VERDICTS), f"verdict is none of {', '.join(VERDICTS)}")
     yield from where(rows, (verdict == "misclassified") == correct(rows), (
         "verdict misclassified and predicted == label do not exclude each other"
     ))
@@ -247,26 +290,27 @@ def verdicts(cell: dict[str, Any], rows: pd.DataFrame) -> Iterator[str]:
         "verdict certified, but not by the verifier named"
     ))
     yield from where(rows, broken & (verdict != "broken"), "broken under the cell's threat, but the verdict is another")
-    yield from where(rows, proven & ~verdict.isin(("certified", "broken")) & correct(rows), (
+    yield from where(rows, proven & ~np.isin(verdict, ("certified", "broken")) & correct(rows), (
         "certified under the cell's threat, but the verdict is another"
     ))
     for word, happened in failed.items():
         yield from where(rows, (verdict == word) & ~happened, f"verdict {word}, but no verifier has that status")
-    nobody = verdict.isin(("misclassified", "open")) & (by != "")
+    nobody = np.isin(verdict, ("misclassified", "open")) & (by != "")
     yield from where(rows, nobody, "`by` names somebody although the verdict is nobody's")
 
 
-def _broken(cell: dict[str, Any], rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+def _broken(cell: dict[str, Any], rows: Columns) -> tuple[Any, Any]:
     """(broken by some attack within the threat, broken by the one of them that `by` names)."""
     under_threat = named = rows["index"] != rows["index"]
     for attack in (one for one in breakers(cell, rows) if within_threat(cell, one)):
         hit = correct(rows) & ~rows[f"survived:{attack['label']}"]
-        named = named | (hit & (rows["by"] == attack["label"]))
+        own = ~np.isnan(rows[f"distance:{attack['label']}"]) if attack.get("rest") else True  # not what others had broken
+        named = named | (hit & own & (rows["by"] == attack["label"]))
         under_threat = under_threat | hit
     return under_threat, named
 
 
-def _proven(cell: dict[str, Any], rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+def _proven(cell: dict[str, Any], rows: Columns) -> tuple[Any, Any]:
     """(certified at the threat by some deterministic verifier, certified by the verifier that `by` names)."""
     under_threat = named = rows["index"] != rows["index"]
     for verifier in cell["verifiers"]:
@@ -277,7 +321,7 @@ def _proven(cell: dict[str, Any], rows: pd.DataFrame) -> tuple[pd.Series, pd.Ser
     return under_threat, named
 
 
-def _any_status(cell: dict[str, Any], rows: pd.DataFrame, word: str) -> pd.Series:
+def _any_status(cell: dict[str, Any], rows: Columns, word: str) -> Any:
     found = rows["index"] != rows["index"]
     for verifier in cell["verifiers"]:
         found = found | (rows[f"status:{verifier['label']}"] == word)

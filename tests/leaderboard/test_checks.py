@@ -14,7 +14,7 @@ from leaderboard.checks import check, check_all
 from leaderboard.errors import RecordError
 from leaderboard.row_checks import certified_radius
 
-from .conftest import ALPHA, DRAWS, SIGMA, WEIGHTS, Run, cell_of
+from .conftest import ALPHA, DRAWS, SIGMA, WEIGHTS, Run, cell_of, rows_of
 
 Forgery = Callable[[pd.DataFrame], None]
 
@@ -151,6 +151,74 @@ def test_a_witness_of_a_larger_attack_contradicts_a_certificate_only_within_its_
 
     assert broken_at(0.15) == []
     assert broken_at(0.09) == [f"certified by {one}, yet broken by pgd-50: sample 3" for one in ("ibp", "crown")]
+
+
+def test_what_interval_bounds_certify_they_certify_in_every_smaller_ball(run: Run) -> None:
+    verifiers = [cell_of()["verifiers"][0], {**cell_of()["verifiers"][0], "label": "ibp-small", "eps": "1/20"}]
+
+    def smaller(rows: pd.DataFrame, certifies: int) -> pd.DataFrame:
+        return rows.assign(**{
+            "status:ibp-small": np.where(rows["verdict"] == "misclassified", "misclassified", np.where(
+                rows["index"] < certifies, "proved", "open"
+            )).tolist(),
+            "radius:ibp-small": np.where(rows["index"] < certifies, 0.05, 0.0), "margin:ibp-small": rows["margin:ibp"],
+        })  # fmt: skip
+
+    def broken_and_open(rows: pd.DataFrame) -> pd.DataFrame:  # nobody asks `crown` in this cell
+        return rows.assign(**{name: rows[name].where(rows["by"] != "crown", other) for name, other in (
+            ("verdict", "open"), ("by", "")
+        )})  # fmt: skip
+
+    def found(certifies: int, margin: float = 0.5) -> list[str]:
+        rows = broken_and_open(smaller(rows_of(), certifies))
+        rows.loc[5, "margin:ibp"] = margin
+        return check(run.add(rows, verifiers=verifiers), run.records)
+
+    assert found(6) == found(7) == []
+    assert found(5) == ["certified by ibp, but not by ibp-small, which asks for less: sample 5"]
+    assert found(5, margin=1e-6) == []  # as near to zero as rounding reaches
+
+
+def test_totals_that_cannot_be_are_named(run: Run) -> None:
+    def better(document: dict[str, Any]) -> None:
+        document["metrics"]["certified"]["crown"]["hits"] = 19
+
+    problems = check(run.edit(run.add(), better), run.records)
+    for name, hits in (("clean", 18), ("robust.apgd", 14), ("robust.pgd-50", 16)):
+        assert f"certified.crown has 19 hits, more than {name} with {hits}" in problems
+
+    def survivors(document: dict[str, Any]) -> None:
+        document["metrics"]["robust"]["apgd"]["hits"] = 19
+
+    problems = check(run.edit(run.add(), survivors), run.records)
+    assert "robust.apgd has 19 hits, more than clean with 18" in problems
+
+
+@pytest.mark.parametrize("alpha", ["much", None, [], {}, "1/0"])
+def test_a_cell_that_makes_no_sense_is_named_and_no_crash(run: Run, alpha: Any) -> None:
+    def senseless(document: dict[str, Any]) -> None:
+        document["cell"]["verifiers"][2]["alpha"] = alpha
+
+    assert any("cannot be made sense of" in one for one in check(run.edit(run.add(), senseless), run.records))
+
+
+def test_a_table_that_would_fill_the_memory_is_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = run.add()
+    monkeypatch.setattr("leaderboard.record.LARGEST_TABLE", 20)
+    (problem,) = check(record, run.records)
+    assert "values are too many for a verdict table, at most 20" in problem
+
+
+@pytest.mark.slow
+def test_many_records_are_checked_by_several_processes_with_the_same_answer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leaderboard.checks.WORTH_A_PROCESS", 2)
+    for seed in range(4):
+        run.add(seed=seed)
+    (run.records / "broken.json").write_text("{")
+    found = check_all(run.root, processes=2)
+    assert found == check_all(run.root)
+    assert next(iter(found)) == "broken"
+    assert len(found) == 5
 
 
 def test_attacks_do_not_contradict_a_smoothing_certificate(run: Run) -> None:

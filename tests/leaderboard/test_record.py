@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from leaderboard.canonical import digest
+from leaderboard.checks import check
 from leaderboard.errors import RecordError
-from leaderboard.record import columns_of, read, read_all
+from leaderboard.migrations import SCHEMA, STEPS
+from leaderboard.record import columns_of, parse, read, read_all
 
 from .conftest import Run, cell_of
+
+OLD = Path(__file__).parent / "old"
 
 
 def test_a_record_comes_back_as_it_was_written(run: Run) -> None:
@@ -19,6 +25,28 @@ def test_a_record_comes_back_as_it_was_written(run: Run) -> None:
     assert record.metrics.clean.hits == 18
     assert record.metrics.get("robust.worst") == record.metrics.robust["worst"]
     assert record.metrics.get("certified.nobody") is None
+
+
+@pytest.mark.parametrize("path", sorted(OLD.glob("*.json")), ids=lambda path: f"schema {path.stem}")
+def test_a_record_of_every_older_schema_is_read_and_its_digest_is_that_of_what_was_written(path: Path) -> None:
+    written = json.loads(path.read_text())
+    record = parse(written, path.name)
+    assert record.schema_ == SCHEMA > written["schema"] == int(path.stem)
+    assert record.original == written == json.loads(path.read_text())
+    assert record.digest == digest(record.original) != digest(record.document)
+    assert record.provenance.machine is None
+    assert record.document["metrics"] == written["metrics"]
+
+
+def test_there_is_an_old_record_for_every_migration() -> None:
+    assert sorted(STEPS) == [int(path.stem) for path in sorted(OLD.glob("*.json"))] == list(range(1, SCHEMA))
+
+
+def test_an_edited_record_of_an_older_schema_is_named(run: Run) -> None:
+    written = json.loads((OLD / "1.json").read_text())
+    written["metrics"]["clean"]["hits"] += 1
+    (problem, *_) = check(parse(written, "1.json"), run.records)
+    assert problem.startswith("digest is 7e4c949e84fd..., but the record's content gives")
 
 
 def test_the_verdict_table_comes_back_with_the_columns_the_cell_calls_for(run: Run) -> None:
@@ -52,9 +80,9 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     "path, value, sentence",
     [
-        ("schema", 2, "schema 2 is newer than 1, the newest read here; upgrade sparsecert"),
-        ("schema", 0, "schema 0 is older than 1, the one read here; migrate the record first"),
-        ("schema", "1", "schema is '1', expected the number 1"),
+        ("schema", 3, "schema 3 is newer than 2, the newest read here; upgrade sparsecert"),
+        ("schema", 0, "there never was a schema 0; restore the file"),
+        ("schema", "2", "schema is '2', expected the number 2"),
         ("metrics.clean.hits", "18", "metrics.clean.hits: input should be a valid integer"),
         ("metrics.clean.hits", 21, "21 hits of 20 samples"),
         ("metrics.clean.hits", True, "metrics.clean.hits: input should be a valid integer"),
