@@ -90,26 +90,34 @@ def replay(path: Path, spot: int, seed: int, outside: Outside) -> Replay:
 
 
 def _replayed(claims: Claims, spot: int, seed: int) -> Replay:
-    samples, rows = claims.samples, claims.rows
-    said = zip(rows["index"].tolist(), rows["label"].tolist(), strict=True)
-    if list(said) != list(zip(samples.index.tolist(), samples.labels.tolist(), strict=True)):
-        claims.findings.append(Finding("samples", why="the verdict rows are about other images or labels than the data has"))
+    if not about_its_samples(claims):
         return Replay(claims.name, claims.findings, 0, 0, claims.notes, seed)
-    random, certificates = np.random.default_rng(seed), _certificates(claims)
-    chosen = _drawn(random, certificates, spot)
+    rows, random, certificates = claims.rows, np.random.default_rng(seed), _certificates(claims)
+    chosen = drawn(random, certificates, spot)
     broken = np.flatnonzero(rows["verdict"] == "broken").tolist()
     unseen = [at for at in broken if int(rows["index"][at]) not in claims.witnesses]
-    findings = [*claims.findings, *_clean(claims), *_proven_again(claims, chosen), *_executed(claims)]
-    findings += _broken_again(claims, _drawn(random, unseen, spot))
+    findings = [*claims.findings, *_clean(claims), *_proven_again(claims, chosen), *executed(claims, list(claims.witnesses))]
+    findings += _broken_again(claims, drawn(random, unseen, spot))
     return Replay(claims.name, findings, len(certificates), len(chosen), claims.notes, seed)
 
 
-def _drawn(random: np.random.Generator, items: Sequence[Any], count: int) -> list[Any]:
+def about_its_samples(claims: Claims) -> bool:
+    """Whether the rows are about the images that are here, in their order; a finding says so where they are not."""
+    samples, rows = claims.samples, claims.rows
+    said = list(zip(rows["index"].tolist(), rows["label"].tolist(), strict=True))
+    same = said == list(zip(samples.index.tolist(), samples.labels.tolist(), strict=True))
+    if not same:
+        claims.findings.append(Finding("samples", why="the verdict rows are about other images or labels than the data has"))
+    return same
+
+
+def drawn(random: np.random.Generator, items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items (all, where there are fewer) without replacement, in their order."""
     at = random.permutation(len(items))[:count]
     return [items[i] for i in sorted(at)]
 
 
-def _pixels(claims: Claims, at: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+def pixels_of(claims: Claims, at: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
     """Images, labels and sample numbers of the rows `at`."""
     where = torch.tensor(list(at), dtype=torch.int64, device=claims.samples.labels.device)
     return claims.samples.pixels(where), claims.samples.labels[where], claims.rows["index"].iloc[list(at)].tolist()
@@ -122,7 +130,7 @@ def _clean(claims: Claims) -> Iterator[Finding]:
     if not claims.about_f:
         return
     asked = np.flatnonzero(~never_reached(claims.rows, claims.verifiers))
-    found = [predict(claims.model, _pixels(claims, part.tolist())[0]).cpu().numpy() for part in _parts(asked)]
+    found = [predict(claims.model, pixels_of(claims, part.tolist())[0]).cpu().numpy() for part in _parts(asked)]
     recorded = claims.rows["predicted"].to_numpy()[asked]
     off = np.concatenate([*found, np.zeros(0, dtype=np.int64)]) != recorded
     index = claims.rows["index"].to_numpy()[asked][off].tolist()
@@ -151,40 +159,42 @@ def _proven_again(claims: Claims, chosen: Iterable[tuple[int, int]]) -> Iterator
     everyone = [replace(one, first=None) for one in claims.verifiers]
     for verifier, rows in by_verifier.items():
         one = everyone[verifier]
-        x, y, index = _pixels(claims, rows)
+        x, y, index = pixels_of(claims, rows)
         try:
-            out = evaluate(claims.model, x, y, index, claims.threat, [], everyone if _costly(one) else [one])
+            out = evaluate(claims.model, x, y, index, claims.threat, [], everyone if costly(one) else [one])
         except ContradictionError as found:
             yield Finding("certificate", one.label, int(found.facts["index"]), str(found))
             continue
         for k, at in enumerate(rows):
-            compare = _same_proof if one.tool.deterministic else _same_counts
+            compare = same_proof if one.tool.deterministic else same_counts
             why, note = compare(one, claims.rows.iloc[at], out.rows.iloc[k])
             yield Finding("certificate", one.label, index[k], why, note)
 
 
-def _costly(one: Assignment) -> bool:
+def costly(one: Assignment) -> bool:
+    """Whether a verifier takes over what others have proven or broken, so that its own answer may be theirs."""
     return bool(getattr(one.tool, "costly", False))
 
 
-def _same_proof(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple[str, str]:
+def same_proof(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple[str, str]:
     """(why it fails, a note): proven to the recorded radius again, and by the recorded margin where that has one meaning."""
     radius, margin = (name + one.label for name in ("radius:", "margin:"))
     if not found[radius] >= recorded[radius]:
         status = found[f"status:{one.label}"]
         return f"radius {recorded[radius]:.6g} is recorded, but {one.label} answers {status} with {found[radius]:.6g}", ""
-    if not _costly(one) and not _alike(found[margin], recorded[margin]):  # a costly verifier's may be another's
+    if not costly(one) and not alike(found[margin], recorded[margin]):  # a costly verifier's may be another's
         return f"its margin is {found[margin]:.6g}, recorded is {recorded[margin]:.6g}: another network or another verifier", ""
     return "", ""
 
 
-def _alike(found: float, recorded: float) -> bool:
+def alike(found: float, recorded: float) -> bool:
+    """Whether two margins are one, up to what another processor may round otherwise; NaN is only like NaN."""
     if math.isnan(found) or math.isinf(found):
         return found == recorded or (math.isnan(found) and math.isnan(recorded))
     return abs(found - recorded) <= MARGIN_TOLERANCE * max(1.0, abs(found))
 
 
-def _same_counts(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple[str, str]:
+def same_counts(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple[str, str]:
     """(why it fails, a note): the same seed gives the same draws, and so the same hits."""
     predicted, hits, n, radius = (f"{name}:{one.label}" for name in ("predicted", "hits", "n", "radius"))
     off = abs(int(found[hits]) - int(recorded[hits]))
@@ -199,17 +209,17 @@ def _same_counts(one: Assignment, recorded: pd.Series, found: pd.Series) -> tupl
 # ---- broken samples --------------------------------------------------------------------------------------------------
 
 
-def _executed(claims: Claims) -> Iterator[Finding]:
-    """Every stored witness: inside the exact ball and [0,1], and misclassified in float64."""
+def executed(claims: Claims, numbers: Sequence[int]) -> Iterator[Finding]:
+    """The stored witnesses of these samples: each inside the exact ball and [0,1], and misclassified in float64."""
     rows = claims.rows
     where = {int(number): at for at, number in enumerate(rows["index"])}
-    for number in claims.witnesses:
+    for number in numbers:
         if number not in where or rows["verdict"][where[number]] != "broken":
             yield Finding("witness", sample=number, why="a witness is stored of a sample that is not recorded as broken")
-    known = np.array([where[number] for number in claims.witnesses if number in where], dtype=np.int64)
+    known = np.array([where[number] for number in numbers if number in where], dtype=np.int64)
     double = in_float64(claims.model)
     for part in _parts(known):
-        x, y, index = _pixels(claims, part.tolist())
+        x, y, index = pixels_of(claims, part.tolist())
         witness = torch.stack([claims.witnesses[one] for one in index]).to(x.device)
         predicted, far = predict(double, witness.double()), distance(witness, x, claims.threat.norm)
         inside = within(witness, x, claims.threat.norm, claims.threat.eps)
@@ -228,30 +238,46 @@ def _executed(claims: Claims) -> Iterator[Finding]:
 
 def _broken_again(claims: Claims, chosen: Sequence[int]) -> Iterator[Finding]:
     """Broken samples without a stored witness: the tool that broke them must do so again, on the images it had together."""
-    looking = [replace(one, first=None) for one in claims.verifiers if getattr(one.tool, "falsifies", False)]
-    tools = {one.label: one for one in (*looking, *claims.attacks)}
-    groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    known, asked = {one.label for one in breakers(claims)}, []
     for at in chosen:
-        by, number = str(claims.rows["by"][at]), int(claims.rows["index"][at])
-        if by not in tools:
+        if (by := str(claims.rows["by"][at])) in known:
+            asked.append((by, at))
+        else:
+            number = int(claims.rows["index"][at])
             yield Finding("attack", by, number, "broken by a tool that the record does not name, or that breaks nothing")
-            continue
-        groups[by, _together(claims, at) if tools[by] in claims.attacks else (at,)].append(number)
-    for (by, together), numbers in groups.items():
-        x, y, index = _pixels(claims, together)
+    for (by, at), survived in survivors(claims, asked):
+        yield Finding("attack", by, int(claims.rows["index"][at]), f"{by} does not break it again" if survived else "")
+
+
+def breakers(claims: Claims) -> list[Assignment]:
+    """The verifiers that look for counterexamples, asked about every sample, and the attacks."""
+    return [*(replace(one, first=None) for one in claims.verifiers if getattr(one.tool, "falsifies", False)), *claims.attacks]
+
+
+def survivors(claims: Claims, asked: Iterable[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], bool]]:
+    """Whether each (breaker's label, row) survives when the breaker runs again, an attack on the images it had together."""
+    tools = {one.label: one for one in breakers(claims)}
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    for by, at in asked:
+        groups[by, _together(claims, by, at) if tools[by] in claims.attacks else (at,)].append(at)
+    for (by, together), rows in groups.items():
+        x, y, index = pixels_of(claims, together)
         split = ([tools[by]], []) if tools[by] in claims.attacks else ([], [tools[by]])
         survived = evaluate(claims.model, x, y, index, claims.threat, *split).rows.set_index("index")[f"survived:{by}"]
-        for number in numbers:
-            yield Finding("attack", by, number, f"{by} does not break it again" if survived[number] else "")
+        for at in rows:
+            yield (by, at), bool(survived[int(claims.rows["index"][at])])
 
 
-def _together(claims: Claims, at: int) -> tuple[int, ...]:
-    """The rows that an attack saw in one batch with this one: its noise may depend on them."""
+def _together(claims: Claims, by: str, at: int) -> tuple[int, ...]:
+    """The rows that the attack `by` saw in one batch with this one: its noise may depend on them.
+
+    It has left a distance in all that it saw; with `rest` it did not see what others had broken.
+    """
     first = at - at % claims.batch
     batch = claims.rows.iloc[first : first + claims.batch]
-    correct = (first + np.flatnonzero(batch["predicted"] == batch["label"])).tolist()
-    start = correct.index(at) // ATTACK_BATCH * ATTACK_BATCH if at in correct else 0
-    return tuple(correct[start : start + ATTACK_BATCH]) if at in correct else (at,)
+    seen = (first + np.flatnonzero(batch[f"distance:{by}"].notna())).tolist()
+    start = seen.index(at) // ATTACK_BATCH * ATTACK_BATCH if at in seen else 0
+    return tuple(seen[start : start + ATTACK_BATCH]) if at in seen else (at,)
 
 
 # ---- contradictions --------------------------------------------------------------------------------------------------

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leaderboard.canonical import canonical
+from leaderboard.challenges import Effect, effects
 from leaderboard.errors import BoardError
 from leaderboard.ranks import ranges
-from leaderboard.record import Certified, Record, read_all
-from leaderboard.stats import high_probability_accuracy, interval, number, outcome
+from leaderboard.record import Certified, Metrics, Record, Sparsity, read_all
+from leaderboard.stats import high_probability_accuracy, interval, metrics_of, number, outcome
 
 if TYPE_CHECKING:
     import pandas as pd
 
 REFERENCE = "dense"
 UNRANKED = "–"
+STATUSES = ("contradicted", "challenged", "measured", "rerun")  # an entry has the first of these that one of its records has
 BOARD = ["suite", "version", "objective"]
 ENTRY = [*BOARD, "arch", "method", "density"]
 GROUP = ["suite", "version", "objective", "arch", "density"]
@@ -29,17 +31,24 @@ def load(run_folder: str | Path) -> pd.DataFrame:
     """One row per record that counts (not superseded by another), sorted by suite, objective, arch, method, density, seed.
 
     Columns: suite, version, objective, method, arch, density (requested, float), seed, record, headline (a metric's name),
-    value (of the headline), measured (density by counting), seconds, images (digest of the test samples), protocol,
-    outcome (the headline's hit or miss per image); and for every metric M (clean, robust.L, certified.L) M itself in
+    value (of the headline), measured (density by counting), bytes (of what is stored, as the paper counts: non-zeros and code
+    books), bytes:csr (with the positions too; NaN in records without them), seconds, images (digest of the test samples),
+    protocol, outcome (the headline's hit or miss per image); and for every metric M (clean, robust.L, certified.L) M itself in
     [0, 1], M:n, M:low and M:high (95 % Wilson), for smoothing M:radius, M:abstained and M:high-probability.
-    Metrics that a record has not are NaN. Raises RecordError.
+    Metrics that a record has not are NaN. status is that of `leaderboard.challenges`; challenged counts the samples that a
+    challenge has refuted and credit names who did: values, metrics and outcome are those that are left. Raises RecordError.
     """
+    return load_records(Path(run_folder) / "records")
+
+
+def load_records(folder: str | Path) -> pd.DataFrame:
+    """`load` of a folder of records itself, such as leaderboard/records/mnist-objectives@1."""
     import pandas as pd
 
-    folder = Path(run_folder) / "records"
-    records = counting(read_all(folder))
+    folder = Path(folder)
+    records, happened = counting(read_all(folder)), effects(folder)
     methods, objectives = (_labels(records, part) for part in ("method", "objective"))
-    lines = [_line(one, folder, methods[one.id], objectives[one.id]) for one in records]
+    lines = [_line(one, folder, methods[one.id], objectives[one.id], happened.get(one.digest, Effect())) for one in records]
     if not lines:
         return pd.DataFrame(columns=[*ENTRY, "seed", "record", "headline", "value"])
     return pd.DataFrame(lines).sort_values([*ENTRY, "seed"], kind="stable", ignore_index=True)
@@ -64,22 +73,33 @@ def _labels(records: list[Record], part: str) -> dict[str, str]:
     return labels
 
 
-def _line(record: Record, folder: Path, method: str, objective: str) -> dict[str, Any]:
-    cell = record.document["cell"]
+def _line(record: Record, folder: Path, method: str, objective: str, effect: Effect) -> dict[str, Any]:
+    cell, rows, metrics = record.document["cell"], record.verdicts(folder), record.metrics
+    if effect.challenges:
+        rows = effect.lowered(rows)
+        metrics = Metrics.model_validate(metrics_of(cell, rows))
     protocol = {key: value for key, value in cell.items() if key not in VARIES}
     line: dict[str, Any] = {
         "suite": record.suite, "version": record.suite_version, "objective": objective, "arch": record.cell.arch,
         "method": method, "density": float(Fraction(record.cell.density)), "seed": record.cell.seed, "record": record.id,
         "headline": record.cell.headline, "measured": record.sparsity.kept / record.sparsity.total,
-        "seconds": sum(record.timing.seconds.values()), "images": record.samples.digest,
-        "protocol": canonical(protocol).decode(), "outcome": outcome(cell, record.verdicts(folder), record.cell.headline),
+        **_bytes(record.sparsity), "seconds": sum(record.timing.seconds.values()), "images": record.samples.digest,
+        "protocol": canonical(protocol).decode(), "outcome": outcome(cell, rows, record.cell.headline),
+        "status": effect.status, "challenged": len(effect.samples), "credit": ", ".join(effect.credit),
     }
-    for name, share in record.metrics.all().items():
+    for name, share in metrics.all().items():
         line |= {name: share.hits / share.n if share.n else float("nan"), f"{name}:n": share.n}
         line |= dict(zip((f"{name}:low", f"{name}:high"), interval(share.hits, share.n)))
         if isinstance(share, Certified) and share.average_radius is not None:
             line |= _smoothing(cell, name, share)
     return line | {"value": line[record.cell.headline]}
+
+
+def _bytes(sparsity: Sparsity) -> dict[str, float]:
+    """Of the weights as they are stored; biases and BatchNorm never count."""
+    if sparsity.bits is None:
+        return {"bytes": 4.0 * sparsity.kept, "bytes:csr": float("nan")}
+    return {"bytes": sparsity.bits.paper / 8, "bytes:csr": sparsity.bits.csr / 8}
 
 
 def _smoothing(cell: dict[str, Any], name: str, share: Certified) -> dict[str, float]:
@@ -107,7 +127,8 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     Every metric is the mean over seeds, with M:seeds the seeds' values one by one (in the order of `seeds`). Its interval is
     Wilson's 95 % with p = that mean and n = the number of images, not images x seeds: seeds share the images, so more of
     them do not widen the sample, and the interval is conservative. `rank` orders by the headline metric within (objective,
-    arch, density); `ranks` is the range of ranks that paired tests leave possible. `dense` is the reference and has rank "–".
+    arch, density); `ranks` is the range of ranks that paired tests leave possible. `dense` is the reference and has rank "–",
+    and so has an entry with a contradicted record. status is the worst of its records', challenged their sum.
     All columns are plain values or lists, ready for JSON. Raises BoardError for records that may not share a board.
     """
     import pandas as pd
@@ -117,8 +138,8 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     _one_protocol(frame)
     entries = pd.DataFrame([_entry(part) for _, part in frame.groupby(ENTRY, sort=True)])
     entries[["rank", "ranks"]] = UNRANKED
-    pruned = entries[~_is_reference(entries)]
-    for _, group in pruned.groupby(GROUP):
+    placed = entries[~_is_reference(entries) & (entries["status"] != "contradicted")]
+    for _, group in placed.groupby(GROUP):
         places = group["value"].rank(method="min", ascending=False)
         entries.loc[group.index, "rank"] = [UNRANKED if place != place else f"{place:.0f}" for place in places]
         spans = ranges([_outcomes(frame, group.loc[i]) for i in group.index])
@@ -159,7 +180,10 @@ def _entry(part: pd.DataFrame) -> dict[str, Any]:
     first = part.iloc[0]
     entry: dict[str, Any] = {name: _plain(first[name]) for name in [*ENTRY, "headline"]}
     entry |= {"value": float(part["value"].mean()), "seeds": part["seed"].tolist(), "records": part["record"].tolist()}
-    entry |= {"measured": float(part["measured"].mean()), "seconds": float(part["seconds"].sum())}
+    entry |= {name: float(part[name].mean()) for name in ("measured", "bytes", "bytes:csr")}
+    entry["seconds"] = float(part["seconds"].sum())
+    entry |= {"status": min(part["status"], key=STATUSES.index), "challenged": int(part["challenged"].sum())}
+    entry["credit"] = ", ".join(dict.fromkeys(name for name in part["credit"] if name))
     for name in metrics_in(part):
         entry |= _mean(part, name)
     for name in part.columns:
