@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UserError, unknown
 from .options import RUNS, DataDir, Device, Json, Out, Workers, app, show, stderr
+from .site import CORES, about_methods
 
 
 @app.command(epilog="Example: `sparsecert demo`")
@@ -61,21 +62,21 @@ def run(
 
 
 def draw(root: Path, as_json: bool) -> dict[str, Any]:
-    """The board of a run folder: a table on stdout (unless JSON is asked for) and one self-contained page."""
+    """The board of a run folder: a table on stdout (unless JSON is asked for) and a site that opens from disk."""
     from rich.console import Console
 
-    from leaderboard.board import load, ranked
-    from leaderboard.render import page, terminal
+    from leaderboard.render import terminal
+    from leaderboard.site.sources import gather
+    from leaderboard.site.write import write_site
 
     if not any((root / "records").glob("*.json")):
         return {"page": None, "entries": []}
-    board = ranked(load(root))
-    path = root / "board.html"
-    page(root, board, path)
+    contents = gather([root], CORES)
+    path = write_site(contents, root / "site", about_methods(), CORES)
     if not as_json:
-        terminal(board, Console())
+        terminal(contents.board, Console())
         print(f"\nboard: {path}\nrecords: {root / 'records'}")
-    return {"page": str(path), "entries": json.loads(board.to_json(orient="records"))}
+    return {"page": str(path), "entries": json.loads(contents.board.to_json(orient="records"))}
 
 
 @app.command(epilog="Example: `sparsecert board digits@1`")

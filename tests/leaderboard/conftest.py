@@ -20,6 +20,7 @@ from leaderboard.record import Record, read
 from leaderboard.stats import metrics_of
 
 SIGMA, ALPHA, DRAWS = 0.25, 0.001, 1000
+MACHINE = {"processor": "AMD EPYC 7763 64-Core Processor", "cores": 2, "memory_gib": 8}
 WEIGHTS = {"conv1.weight": np.eye(4, dtype=np.float32), "fc.weight": np.ones((2, 4), dtype=np.float32)}
 
 
@@ -136,7 +137,7 @@ class Run:
 
 def document_of(name: str, cell: dict[str, Any], rows: pd.DataFrame, table: Path, weights: Path) -> dict[str, Any]:
     return {
-        "schema": 1, "id": name, "suite": cell["suite"], "suite_version": cell["version"], "status": "measured", "cell": cell,
+        "schema": 2, "id": name, "suite": cell["suite"], "suite_version": cell["version"], "status": "measured", "cell": cell,
         "metrics": metrics_of(cell, rows),
         "sparsity": {
             "scope": "per layer", "requested": cell["density"], "kept": 12, "total": 24,
@@ -150,7 +151,7 @@ def document_of(name: str, cell: dict[str, Any], rows: pd.DataFrame, table: Path
         "checks": {"rechecked_in_float64": {"ibp": 2}, "lowering": [], "warnings": []},
         "provenance": {
             "version": "0.1.0", "code": "c" * 64, "revision": None, "dirty": None, "packages": {"torch": "2.13.0"},
-            "python": "3.11.7", "device": "cpu", "threads": 1, "data": "d" * 64, "plugins": {},
+            "python": "3.11.7", "device": "cpu", "machine": MACHINE, "threads": 1, "data": "d" * 64, "plugins": {},
         },
         "supersedes": None,
         "timing": {"created": "2026-11-21T09:00:00Z", "seconds": {"train": 3.5, "attack:pgd-50": 0.5}, "peak_memory_mib": 300.0},

@@ -23,11 +23,14 @@ assert "pydantic" not in sys.modules, "what trains must not need pydantic"
 from rich.console import Console
 from leaderboard.board import load, ranked
 from leaderboard.checks import check_all
-from leaderboard.render import markdown, page, terminal
+from pathlib import Path
+from leaderboard.render import markdown, terminal
+from leaderboard.site.sources import gather
+from leaderboard.site.write import write_site
 folder = sys.argv[1]
 print(check_all(folder))
 board = ranked(load(folder))
-page(folder, board, folder + "/board.html")
+write_site(gather([Path(folder)]), Path(folder) / "site")
 terminal(board, Console())
 markdown(board)
 assert "torch" not in sys.modules
@@ -41,4 +44,4 @@ def test_records_are_checked_and_drawn_where_there_is_no_torch(run: Run) -> None
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{{'{record.id}': []}}")
     assert "hydra" in done.stdout
-    assert (run.root / "board.html").is_file()
+    assert (run.root / "site" / "index.html").is_file()

@@ -1,0 +1,1 @@
+"""One static site of a set of records: `write.write_site`."""
