@@ -66,13 +66,14 @@ class Library:
       default `alpha` keeps its published ratio to eps (MIFGSM's ignores eps).
     - In l2, APGDT steps all images of a batch by the first one's step size: here each has its own.
     - apgd also takes loss "margin", for networks of two classes.
-    - APGD, FAB and Square reset the global generators: all are shielded and seeded. Each draw is the same for every image of a
-      batch, so that no image's answer depends on its neighbours.
+    - APGD, FAB and Square reset the global generators: all are shielded and seeded. Noise on images is the same for every image
+      of a batch, so that no image's answer depends on its neighbours (but see below).
     - CW, EAD and UPGD compare logits with zero: they see logits shifted to be >= 0.
     - For CW, pixels are first moved 0.001 away from 0 and 1, where its tanh has no slope.
     - Printing, the device of a model without parameters, writes into the logits it was given.
     Not mended: CW does not search for c and its defaults are weak; tifgsm, pifgsm and pifgsmpp take RGB images only; Square in
-    l2 needs images of 5x5 pixels at least; onepixel, pixle and spsa depend on the batch; a model in float64 is not supported.
+    l2 needs images of 5x5 pixels at least; jitter, onepixel, pgdrs, pgdrsl2, pixle and spsa depend on the batch; a model in
+    float64 is not supported.
 
     Raises KeyError for an unknown attack; ValueError for a norm the attack does not take or an unknown parameter;
     TooFewClassesError when called for a DLR loss on too few classes (4 for apgdt, 3 for loss "dlr"). Kim 2020, arXiv 2010.01950.
@@ -125,13 +126,14 @@ class Library:
 
     @property
     def cost(self) -> float:
-        """About how many forward passes an image costs, where steps or queries are given."""
-        params = dict(self.params)
+        """About how many forward passes an image costs: queries, or three for each step and target."""
+        takes = inspect.signature(_attack_type(_torchattacks(self.attack), self.attack)).parameters
+        params = {key: one.default for key, one in takes.items()} | dict(self.params)
         steps, queries, targets = (params.get(name) for name in ("steps", "n_queries", "targets"))
         if isinstance(queries, int):
             return queries
         aims = targets if isinstance(targets, int) and (self.attack == "apgdt" or params.get("multi_targeted")) else 1
-        return 3 * aims * (steps if isinstance(steps, int) else 10)
+        return 1 if self.attack in ("vanila", "gn") else 3 * aims * (steps if isinstance(steps, int) else 1)
 
     def _build(self, torchattacks: ModuleType, model: nn.Module, x: Tensor) -> Any:
         with torch.no_grad():
@@ -220,7 +222,7 @@ class _OneDrawForAll(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.rand, torch.randn) and len(args) == 1 and len(args[0]) == 4 and args[0][0] > 0:
+        if func in (torch.rand, torch.randn) and len(args) == 1 and isinstance(args[0], tuple | list) and len(args[0]) == 4:
             return func((1, *args[0][1:]), **kwargs).repeat(args[0][0], 1, 1, 1)
         if func in (torch.rand_like, torch.randn_like) and args[0].dim() == 4 and len(args[0]):
             return func(args[0][:1], *args[1:], **kwargs).repeat(len(args[0]), 1, 1, 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ from .threat import Threat
 from .train import Budget
 
 SUITES = Path(__file__).parent / "suites"
+OF_SUITES = frozenset({"label", "objectives", "first", "rest"})  # what a suite says of an attack or verifier beside its fields
 DENSE = "dense"  # the row that boards hold all others against
 
 
@@ -41,7 +43,7 @@ class Assignment:
 
     def as_json(self) -> dict[str, Any]:
         limits = {**({} if self.first is None else {"first": self.first}), **({"rest": True} if self.rest else {})}
-        return {"name": self.spec["name"], "label": self.label, **plain(self.tool), **limits}
+        return {**plain(self.tool), "name": self.spec["name"], "label": self.label, **limits}
 
 
 @dataclass(frozen=True)
@@ -229,8 +231,8 @@ def _fits_network(objective: Any, name: str, arch: str) -> None:
 
 
 def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
-    own = {key: value for key, value in spec.items() if key not in ("label", "objectives", "first", "rest")}
-    tool = build(kind, {"norm": threat.norm, "eps": threat.eps, **own})
+    own = {key: value for key, value in spec.items() if key not in OF_SUITES}
+    tool = judging(kind, {"norm": threat.norm, "eps": threat.eps, **own})
     if tool.norm not in NORMS:
         raise UserError(f"{kind} {own['name']!r} has norm {tool.norm!r}; suites judge in {' and '.join(NORMS)}")
     if kind == "verifier" and not tool.deterministic and not hasattr(tool, "sigma"):
@@ -247,7 +249,22 @@ def _assignment(kind: str, spec: dict[str, Any], threat: Threat) -> Assignment:
     if objectives is not None and not isinstance(objectives, list):
         raise UserError(f"`objectives` of {kind} {own['name']!r} must be a list of names, got {objectives!r}")
     label = spec.get("label", getattr(tool, "label", _slug(str(own["name"]))))
+    if label == "autoattack" and getattr(tool, "label", label) != label:
+        raise UserError(f"only the bundle at its published strength is labelled 'autoattack'; this one is {tool.label!r}")
     return Assignment(str(label), own, tool, None if objectives is None else tuple(objectives), first, _rest(kind, spec, tool))
+
+
+def judging(kind: str, spec: Mapping[str, Any]) -> Any:
+    """The attack or verifier of a spec without the keys of `OF_SUITES`. Raises UserError where it cannot be told or ordered."""
+    tool = build(kind, spec)
+    if taken := sorted({one.name for one in fields(tool)} & OF_SUITES):
+        raise UserError(f"{kind} {spec['name']!r} has a field {taken[0]!r}, a word of suites: rename it")
+    if kind == "attack" and type(rest := getattr(tool, "rest", False)) is not bool:
+        raise UserError(f"`rest` of attack {spec['name']!r} must be true or false, got {rest!r}")
+    cost = getattr(tool, "cost", 0)
+    if kind == "attack" and (isinstance(cost, bool) or not isinstance(cost, int | float) or math.isnan(cost)):
+        raise UserError(f"`cost` of attack {spec['name']!r} must be a number, about the forward passes of an image, got {cost!r}")
+    return tool
 
 
 def _rest(kind: str, spec: dict[str, Any], tool: Any) -> bool:

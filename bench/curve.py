@@ -32,9 +32,10 @@ def measure(
     """
     clean = rows["predicted"].to_numpy() == rows["label"].to_numpy()
     ladders = [_ladder(one, rows[clean], threat, steps) for one in verifiers if climbs(one)]
+    settled = [_ladder(one, rows[clean], threat, ()) for one in verifiers if one.tool.deterministic and not climbs(one)]
     spread = [_at(one, threat, eps) for one in attacks for eps in sorted({*steps, threat.eps})]
     widest = Threat(threat.norm, max(steps))
-    found = evaluate(model, x, y, rows["index"].tolist(), widest, spread, ladders).rows
+    found = evaluate(model, x, y, rows["index"].tolist(), widest, spread, [*ladders, *settled]).rows
     out = pd.DataFrame({"index": found["index"], "correct": found["predicted"] == found["label"]})
     for one in ladders:
         out[f"radius:{one.label}"] = found[f"radius:{one.label}"]

@@ -26,7 +26,8 @@ def masking_suspected(rows: pd.DataFrame, attacks: Sequence[Assignment]) -> list
         if not gradient:
             continue
         standing = rows[[f"survived:{other.label}" for other in gradient]].all(axis=1)
-        if bool((standing & ~rows[f"survived:{one.label}"] & (rows["predicted"] == rows["label"])).any()):
+        own = ~rows[f"survived:{one.label}"] & rows[f"distance:{one.label}"].notna()  # else another attack had been first
+        if bool((standing & own & (rows["predicted"] == rows["label"])).any()):
             names = ", ".join(other.label for other in gradient)
             out.append(f"gradient masking suspected: {one.label} breaks images that {names} cannot break; see {PAGE}")
     return out

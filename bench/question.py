@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from leaderboard.canonical import canonical, sha256_file
 
-from .build import build, construct, plain
-from .cells import Assignment
+from .build import construct, plain
+from .cells import Assignment, judging
 from .checkpoints import Card, Loaded, classes_of, guess_arch, network, read
 from .data import Dataset, Split
 from .errors import UserError
@@ -173,12 +173,12 @@ def _card(question: Question, state: Mapping[str, Tensor], card: Card | None, da
 
 def _tools(question: Question, threat: Threat) -> tuple[list[Assignment], list[Assignment]]:
     base = {"norm": threat.norm, "eps": threat.eps}
-    built = [(name, build("attack", {"name": name, **base})) for name in question.attacks]
+    built = [(name, judging("attack", {"name": name, **base})) for name in question.attacks]
     attacks = [Assignment(name, {"name": name}, tool, rest=getattr(tool, "rest", False)) for name, tool in built]
     verifiers = []
     for name in question.verifiers:
         extra = dict({"smoothing": question.smoothing, "exact": question.exact}.get(name, ()))
-        verifiers.append(Assignment(name, {"name": name}, build("verifier", {"name": name, **base, **extra})))
+        verifiers.append(Assignment(name, {"name": name}, judging("verifier", {"name": name, **base, **extra})))
     if question.tolerance is not None:
         verifiers = _with_distances(verifiers, question.tolerance)
     labels = [one.label for one in (*attacks, *verifiers)]

@@ -36,7 +36,7 @@ class Ladder:
 
     @property
     def eps(self) -> Fraction:
-        return max(self.verifier.eps, *self.steps)
+        return max((self.verifier.eps, *self.steps))
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
         known = self.known if self.known is not None and len(self.known) == len(x) else torch.zeros(len(x))

@@ -104,6 +104,28 @@ def test_every_attack_keeps_its_contract_and_leaves_everything_as_it_was(name: s
     assert not again.requires_grad
 
 
+SHORT = {"steps": 2, "n_queries": 10, "max_iterations": 10, "popsize": 2}
+
+
+@pytest.mark.parametrize("name, norm", [(name, norm) for name, norms in sorted(library.NORMS.items()) for norm in norms])
+def test_every_name_of_the_library_answers_on_colour_images_with_images_in_the_unit_interval(name: str, norm: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(196, 5)).eval()
+        x = torch.rand(3, 3, 16, 16)
+    takes = inspect.signature(library._attack_type(torchattacks, name)).parameters
+    quick = {key: value for key, value in SHORT.items() if key in takes}
+    x_adv = Library(norm=norm, eps=EPS, attack=name, params=library.frozen(quick))(model, x, predicted(model, x))
+    assert x_adv.shape == x.shape
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
+
+
+def test_what_a_library_attack_costs_follows_from_its_steps() -> None:
+    costs = {name: Library(eps=EPS, attack=name).cost for name in ("vanila", "fgsm", "ffgsm", "pgd", "apgd", "apgdt", "square")}
+    assert costs == {"vanila": 1, "fgsm": 3, "ffgsm": 3, "pgd": 30, "apgd": 300, "apgdt": 2700, "square": 5000}
+    assert Library(eps=EPS, attack="pgd", params=(("steps", 3),)).cost == 9
+
+
 @pytest.mark.parametrize("name", ["fab", "deepfool", "pgd"])
 def test_training_flags_of_each_submodule_come_back_and_the_attack_runs_in_eval_mode(name: str) -> None:
     model, x = small_net(), images()

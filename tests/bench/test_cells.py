@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from bench.cells import Cell, Suite, read_suite, shipped
 from bench.errors import UserError
 from bench.threat import Threat
 from bench.train import Budget
+from leaderboard.board import REFERENCE
 
 TEXT = """
 [suite]
@@ -135,6 +137,27 @@ def test_the_embedded_suite_has_42_cells_with_dense_once_per_objective_and_seed(
     assert len(dense) == 6
     assert set(dense.values()) == {1}
     assert {c.method["name"] for c in cells} == {"dense", "random", "lwm", "hydra"}
+
+
+def test_where_a_suite_names_no_dense_network_one_is_added_at_every_seed_of_the_objectives_methods(read: Read) -> None:
+    base, without = read(), read('[[method]]\nname = "dense"\n', "")
+    assert {cell.id for cell in without.cells} == {cell.id for cell in base.cells}
+    some = read('[[method]]\nname = "dense"\n', "", 'init = "dirac"', 'init = "dirac"\nseeds = [1]\nobjectives = ["stability"]')
+    dense = {(cell.objective["name"], cell.arch, cell.seed) for cell in some.cells if cell.method == {"name": "dense"}}
+    assert dense == {("stability", "cnn_small", 1), ("stability", "mlp", 1)}  # no method, no board
+
+
+def test_a_dense_network_at_one_of_the_seeds_is_enough(read: Read) -> None:
+    some = read('name = "dense"', 'name = "dense"\nseeds = [1]\nobjectives = ["pgd"]')
+    dense = Counter((cell.objective["name"], cell.seed) for cell in some.cells if cell.method["name"] == "dense")
+    assert dense == {("pgd", 1): 2, ("stability", 0): 2, ("stability", 1): 2}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_board_of_a_shipped_suite_has_a_dense_row(name: str) -> None:
+    cells = read_suite(name).cells
+    boards = {(cell.objective["name"], cell.arch) for cell in cells}
+    assert {(cell.objective["name"], cell.arch) for cell in cells if cell.method["name"] == REFERENCE} == boards
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -368,6 +391,36 @@ def test_mixtrain_is_refused_on_networks_that_it_would_take_too_much_memory_for(
 
 def test_an_attack_on_the_first_images_only_is_refused_since_the_rest_would_count_as_robust(read: Read) -> None:
     assert "`first`" in refused(read, 'label = "pgd-5"', 'label = "pgd-5"\nfirst = 3')
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [("rest: bool = True", "a field 'rest'"), ("label: str = 'x'", "a field 'label'"), ("cost: float = float('nan')", "`cost`")],
+)
+def test_an_attack_whose_own_fields_would_be_mistaken_for_the_suites_words_is_refused(
+    read: Read, tmp_path: Path, line: str, word: str
+) -> None:
+    text = f"""
+        from dataclasses import dataclass
+        from fractions import Fraction
+
+        @dataclass(frozen=True)
+        class Mine:
+            eps: Fraction
+            norm: str = "linf"
+            {line}
+
+            def __call__(self, model, x, y):
+                return x
+    """
+    (tmp_path / "mine.py").write_text(dedent(text))
+    assert word in refused(read, 'name = "apgd"', f'name = "{tmp_path}/mine.py:Mine"')
+
+
+def test_a_weaker_bundle_may_not_be_labelled_autoattack(read: Read) -> None:
+    full = read('name = "apgd"', 'name = "autoattack"')
+    assert "autoattack" in {one.label for cell in full.cells for one in cell.attacks}
+    assert "'autoattack'" in refused(read, 'name = "apgd"', 'name = "autoattack"\nlabel = "autoattack"\nqueries = 10')
 
 
 def test_a_verifier_may_not_take_the_name_of_the_union_of_all(read: Read) -> None:

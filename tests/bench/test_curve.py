@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import bench.certify
 from bench.__main__ import main
-from bench.build import load_file
+from bench.build import build, load_file
 from bench.cells import Assignment
 from bench.checkpoints import Card, save_checkpoint
 from bench.curve import measure
 from bench.data import load
 from bench.evaluate import ContradictionError, evaluate
 from bench.models import build_model
-from bench.radii import Ladder
+from bench.radii import Ladder, MinimalDistance
 from bench.threat import Threat
 from verifiers import Proof
 from verifiers.exact import Exact
@@ -179,6 +179,26 @@ def test_a_certificate_of_the_curve_that_an_attack_breaks_is_exit_code_3(
     capsys.readouterr()
     assert main([*words, "--curve", "1/5"]) == 3
     assert json.loads(capsys.readouterr().out)["contradiction"]["radius"] == 0.2
+
+
+class Lying(MinimalDistance):
+    """Says 0.3 of every image."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
+        return Proof(torch.full((len(x),), 0.3, dtype=torch.float64), torch.full((len(x),), torch.nan), y, ("proved",) * len(x))
+
+
+def test_an_attack_of_the_curve_refutes_a_bracket_of_the_minimal_distance() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False)).eval()
+    model[1].weight.data = torch.eye(2)
+    x, y = torch.tensor([[0.55, 0.45]]).view(1, 1, 1, 2), torch.tensor([0])
+    threat = Threat("linf", Fraction(1, 100))
+    tools = [Assignment("distance", {}, Lying(Exact(eps=threat.eps)))]
+    attack = [Assignment("pgd", {"name": "pgd"}, build("attack", {"name": "pgd", "norm": "linf", "eps": "1/100"}))]
+    rows = evaluate(model, x, y, [7], threat, attack, tools).rows
+    assert rows["radius:distance"].tolist() == [0.3]
+    with pytest.raises(ContradictionError, match="distance certified"):
+        measure(model, x, y, rows, threat, [Fraction(1, 10)], attack, tools)
 
 
 def test_a_counterexample_of_exact_in_the_rows_refutes_a_certificate_of_the_curve(tmp_path: Path) -> None:

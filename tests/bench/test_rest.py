@@ -376,12 +376,16 @@ def test_square_that_breaks_what_pgd_cannot_is_a_warning_and_on_a_smooth_network
 def test_single_steps_other_balls_and_bundles_show_no_masking() -> None:
     rows = pd.DataFrame({
         "predicted": [0], "label": [0], "survived:g": [True], "survived:square": [False], "survived:auto": [False],
+        "distance:square": [0.01], "distance:auto": [0.01],
     })  # fmt: skip
     square = of(Library(eps=EPS, attack="square"), "square")
     auto = of(AutoAttack(eps=EPS), "auto")
     assert masking_suspected(rows, [of(PGD(eps=EPS), "g"), square]) != []
     assert masking_suspected(rows, [of(PGD(eps=EPS * 2), "g"), square]) != []
-    for other in (FGSM(eps=EPS), PGD(eps=EPS / 2), PGD(norm="l2", eps=EPS), AutoAttack(eps=EPS)):
+    another_was_first = rows.assign(**{"distance:square": np.nan})
+    assert masking_suspected(another_was_first, [of(PGD(eps=EPS), "g"), square]) == []
+    others = (FGSM(eps=EPS), PGD(eps=EPS / 2), PGD(norm="l2", eps=EPS), AutoAttack(eps=EPS))
+    for other in (*others, Library(eps=EPS, attack="ffgsm"), Library(eps=EPS, attack="vanila")):
         assert masking_suspected(rows, [of(other, "g"), square]) == [], other
     assert masking_suspected(rows, [of(PGD(eps=EPS), "g"), auto]) == []
     assert masking_suspected(rows, [square, auto]) == []
