@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from verifiers import UnsupportedNetworkError
+from verifiers.compaction import compact
+
 from .errors import UserError
 
 PAGE = "docs/health_flags.md"
@@ -50,7 +53,13 @@ def flags(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:
         if not bool(torch.isfinite(logits).all()):
             count = int((~torch.isfinite(logits)).any(1).sum())
             return [*found, _flag("non-finite outputs", f"the logits of {count} of {len(x)} images are NaN or infinite")]
-        return [*found, *_random(logits, again), *_softmax(logits), *_constant(logits), *_gradients(model, x, y)]
+        return [*found, *_random(logits, again), *_softmax(logits), *_constant(model, x, logits), *_gradients(model, x, y)]
+
+
+def collapsed(model: nn.Module, x: Tensor) -> list[str]:
+    """Warnings for a record: that all of (at most 256) images x [N, C, H, W] get the same logits, and whether all others must."""
+    x = x[:MOST]
+    return [flag.sentence for flag in _constant(model, x, _logits(model, x))]
 
 
 def _flag(name: str, sentence: str) -> Flag:
@@ -110,12 +119,21 @@ def _softmax(logits: Tensor) -> list[Flag]:
     return []
 
 
-def _constant(logits: Tensor) -> list[Flag]:
+def _constant(model: nn.Module, x: Tensor, logits: Tensor) -> list[Flag]:
     spread = float((logits - logits[:1]).abs().max())
     if len(logits) < 2 or spread > TOLERANCE * _scale(logits):
         return []
     sentence = f"{len(logits)} images get the same logits, of class {int(logits[0].argmax())}: the network has collapsed"
-    return [_flag("constant network", sentence)]
+    return [_flag("constant network", sentence + _cut_off(model, x))]
+
+
+def _cut_off(model: nn.Module, x: Tensor) -> str:
+    """Whether the weights alone say that no image gets other logits."""
+    try:
+        constant = compact(model, x[:1]).constant
+    except UnsupportedNetworkError:
+        return ""
+    return "; no path of non-zero weights leads from a pixel to a logit" if constant else ""
 
 
 def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Flag]:

@@ -11,25 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from verifiers import UnsupportedNetworkError
+from verifiers.compaction import compact
 
 from .errors import UserError
 from .factors import BOOK, Stored
 from .reach import Reached, reach
 from .sparsity import layer_counts, prunable, weights
 
+Images = tuple[int, int, int]
+
+NO_SHAPE = "the shape of the images is not known"
 FLOAT = 32  # bits of a plain weight
 PATTERNS = ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (1, 16), (2, 16), (4, 16), (8, 16))
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 8), (1, 4), (16, 1), (8, 1), (4, 1))
 
 
-def passport(
-    model: nn.Module, shape: tuple[int, int, int] | None = None, stored: Mapping[str, Stored] | None = None
-) -> dict[str, Any]:
+def passport(model: nn.Module, shape: Images | None = None, stored: Mapping[str, Stored] | None = None) -> dict[str, Any]:
     """Exact counts of a plain network's conv and linear weights, as JSON-able numbers; biases and BatchNorm never count.
 
     Keys: kept, total, density (also of `conv` and `linear`), bits (methods.md 6.3, see `size`), reachable (needs the images'
-    `shape`, [C, H, W]; {"not_computed": reason} where the network's graph has an operation without a rule), patterns (those
-    of N:M that every layer they could apply to has), layers (the same per layer, distinct values and dead units), uncounted
+    `shape`, [C, H, W]; {"not_computed": reason} where the network's graph has an operation without a rule), compacted (the same
+    counts of the network without its dead and constant units, these as [kept, all], and whether no logit depends on the image;
+    or not_computed), patterns (those of N:M that every layer they could apply to has), layers (the same per layer, distinct
+    values and dead units), uncounted
     (sizes of matrices that are no weight of a Conv2d or Linear layer and appear in none of these numbers). Where the checkpoint
     held factors or codes, `stored` (see `stored_form`) counts these; all else is about the merged weights.
     """
@@ -43,6 +47,7 @@ def passport(
     parts = {kind: _share(counts[name] for name in counts if kinds[name] == kind) for kind in ("conv", "linear")}
     return {
         **_share(counts.values()), **parts, "bits": size(model), "reachable": _reachable(reached, found),
+        "compacted": _compacted(model, shape),
         "patterns": _everywhere(found, {name: layer["patterns"] for name, layer in layers.items()}), "layers": layers,
         "uncounted": _uncounted(model), **({"stored": stored_form(model, stored)} if stored else {}),
     }  # fmt: skip
@@ -95,15 +100,30 @@ def _layer(name: str, weight: Tensor, kind: str, reached: Reached | str) -> dict
 # ---- reachability ----------------------------------------------------------------------------------------------------
 
 
-def _reached(model: nn.Module, shape: tuple[int, int, int] | None) -> Reached | str:
+def _reached(model: nn.Module, shape: Images | None) -> Reached | str:
     if shape is None:
-        return "the shape of the images is not known"
+        return NO_SHAPE
     try:
         return reach(model, shape)
     except UnsupportedNetworkError as reason:
         return str(reason)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as reason:  # a graph its rules do not fit
         return f"the network's graph could not be followed: {next(iter(str(reason).splitlines()), type(reason).__name__)}"
+
+
+def _compacted(model: nn.Module, shape: Images | None) -> dict[str, Any]:
+    if shape is None:
+        return {"not_computed": NO_SHAPE}
+    first = next(iter(prunable(model).values())).weight
+    try:
+        small = compact(model, torch.zeros(1, *shape, dtype=first.dtype, device=first.device))
+    except UnsupportedNetworkError as reason:
+        return {"not_computed": str(reason)}
+    return {
+        **_share(layer_counts(small.network).values()), "constant": small.constant,
+        "units": [sum(side) for side in zip(*small.units.values(), strict=True)],
+        "layers": {name: list(counts) for name, counts in small.units.items()},
+    }  # fmt: skip
 
 
 def _reachable(reached: Reached | str, found: dict[str, Tensor]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import fx, nn
@@ -80,6 +80,22 @@ def name_of(kind: Any) -> str:
     return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
 
 
+def visit(model: nn.Module, value: Value, rules: Rules) -> Iterator[tuple[fx.Node, Any]]:
+    """Every operation with its value, in order, when each is done by its rule; see `walk`."""
+    modules, graph = dict(model.named_modules()), trace(model)
+    values: dict[fx.Node, Any] = {}
+    uses = {node: len(node.users) for node in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "output":
+            return
+        values[node] = value if node.op == "placeholder" else _step(node, modules, rules, values)
+        yield node, values[node]
+        for source in node.all_input_nodes:
+            uses[source] -= 1
+            if uses[source] == 0:
+                del values[source]
+
+
 def walk(model: nn.Module, value: Value, rules: Rules, wanted: fx.Node | None = None) -> Any:
     """The value of the output, or of the node `wanted`, when every operation is done by its rule.
 
@@ -87,19 +103,8 @@ def walk(model: nn.Module, value: Value, rules: Rules, wanted: fx.Node | None = 
     nothing needs any more are dropped at once: without gradients, memory stays that of the widest layer.
     Raises UnsupportedNetworkError, naming the operation, where the table has no rule.
     """
-    modules, graph = dict(model.named_modules()), trace(model)
-    wanted = output_of(graph) if wanted is None else wanted
-    values: dict[fx.Node, Any] = {}
-    uses = {node: len(node.users) for node in graph.nodes}
-    for node in graph.nodes:
-        values[node] = value if node.op == "placeholder" else _step(node, modules, rules, values)
-        if node is wanted:
-            break
-        for source in node.all_input_nodes:
-            uses[source] -= 1
-            if uses[source] == 0:
-                del values[source]
-    return values[wanted]
+    wanted = output_of(trace(model)) if wanted is None else wanted
+    return next(found for node, found in visit(model, value, rules) if node is wanted)
 
 
 def _step(node: fx.Node, modules: Mapping[str, nn.Module], rules: Rules, values: dict[fx.Node, Any]) -> Any:

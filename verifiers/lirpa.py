@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .ball import Ellipsoid, Interval, Region, float_above, region
 from .bounds import difference_rows
+from .compaction import compacted
 from .guard import selfcheck
 from .interval import ibp_settled
 from .lowering import Lowered, lower, simplified
@@ -170,10 +171,11 @@ class _LinearRelaxation:
         predicted = model(x).argmax(1)
         if len(x) == 0:
             return fixed_radius_proof(float(self.eps), predicted == y, x.new_zeros(0), predicted)
-        plain, _ = simplified(model, x)
+        plain, small, done = self._forms(model, x)
         cheap = ibp_settled(plain, x, y, self.norm, self.eps)
-        relaxation = self._relaxation(model, x)
-        settled, notes = self._settled(model, plain, relaxation, x, y)
+        relaxation = self._relaxation(small, x)
+        allowed = self._allowed((plain, small) if done else (plain,), relaxation, x)
+        settled, notes = self._settled(model, allowed, relaxation, x, y)
         own, everything = settled[0], [cheap, *settled]
         proved = torch.stack([one.proved for one in everything]).any(0)
         return fixed_radius_proof(
@@ -181,16 +183,26 @@ class _LinearRelaxation:
             proved & (predicted == y),
             torch.stack([one.margin for one in everything]).amax(0),
             predicted,
-            notes=(*relaxation.notes, *notes),
+            notes=(*done, *relaxation.notes, *notes),
             rechecked=int(torch.stack([one.rechecked for one in everything]).any(0).sum()),
             details={"raw_margin": own.margin.cpu()},
         )
 
+    def _forms(self, model: nn.Module, x: Tensor) -> tuple[nn.Module, nn.Module, tuple[str, ...]]:
+        """The network in forms that interval bounds know; without its dead and constant units, or as it is; what was done."""
+        plain, steps = simplified(model, x)
+        small, removed = compacted(plain, x[:2])
+        return (plain, small, (*steps, *removed)) if removed else (plain, model, ())
+
+    def _allowed(self, counted: Sequence[nn.Module], relaxation: Relaxation, x: Tensor) -> Tensor:
+        """The largest allowance [N] of these networks and of the lowered one, since each rounds otherwise."""
+        ball = region(x, self.norm, self.eps)
+        return torch.stack([*(allowance(one, ball) for one in counted), relaxation.allowance(x)]).amax(0)
+
     def _settled(
-        self, model: nn.Module, plain: nn.Module, relaxation: Relaxation, x: Tensor, y: Tensor
+        self, model: nn.Module, allowed: Tensor, relaxation: Relaxation, x: Tensor, y: Tensor
     ) -> tuple[list[Settled], list[str]]:
         """What each method proves, its own first; where the library cannot optimise slopes, the next method is the first."""
-        allowed = torch.maximum(allowance(plain, region(x, self.norm, self.eps)), relaxation.allowance(x))
         found: list[Settled] = []
         notes: list[str] = []
         for method in self.methods:
@@ -206,10 +218,9 @@ class _LinearRelaxation:
     def _exact(self, model: nn.Module, x: Tensor, y: Tensor, method: str, at: Tensor) -> tuple[Tensor, Tensor]:
         """Margins and allowances of the samples `at` in float64."""
         net, pixels = in_float64(model), x[at].double()
-        fresh = self._relaxation(net, pixels)
-        plain, _ = simplified(net, pixels)
-        allowed = torch.maximum(allowance(plain, region(pixels, self.norm, self.eps)), fresh.allowance(pixels))
-        return fresh.margins(pixels, y[at], method), allowed
+        plain, small, done = self._forms(net, pixels)
+        fresh = self._relaxation(small, pixels)
+        return fresh.margins(pixels, y[at], method), self._allowed((plain, small) if done else (plain,), fresh, pixels)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def simplified(model: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[str,
     before it, dropouts go. Where nothing of the kind is there, the network itself is returned.
     """
     steps: list[str] = []
-    module = _copy(model)
+    module = flat_copy(model)
     simplify(Editor(module, example[:2], steps))
     return (module, tuple(steps)) if steps else (model, ())
 
@@ -63,7 +64,7 @@ def lower(model: nn.Module, example: Tensor, maxima_as_relus: bool = False) -> L
     if any(is_parametrized(layer) for layer in model.modules()):
         raise UnsupportedNetworkError("the network still has parametrizations attached; bake its masks first")
     steps: list[str] = []
-    module = _copy(model)
+    module = flat_copy(model)
     edit = Editor(module, example[:2], steps)
     simplify(edit)
     _drop_layers_that_do_nothing(module, steps)
@@ -81,7 +82,8 @@ def lower(model: nn.Module, example: Tensor, maxima_as_relus: bool = False) -> L
     return lowered
 
 
-def _copy(model: nn.Module) -> fx.GraphModule:
+def flat_copy(model: nn.Module) -> fx.GraphModule:
+    """A copy whose forward is the model's traced graph."""
     plain = copy.deepcopy(model).eval()
     graph = fx.Graph()
     graph.output(graph.graph_copy(trace(plain), {}))
@@ -188,17 +190,27 @@ def _patches_are_sound(module: fx.GraphModule) -> bool:
     return bool(convolutions) and square and not pools
 
 
-@torch.no_grad()
 def _check_equal(model: nn.Module, lowered: Lowered, example: Tensor) -> None:
-    """On the images, on random ones, and on values far outside [0,1], where clipping and padding show; in two batch sizes."""
-    original, network = copy.deepcopy(model).double().eval(), copy.deepcopy(lowered.network).double()
+    network = copy.deepcopy(lowered.network).double()
+    # a float32 network's folded weights were rounded to float32, so the two agree to that precision only
+    share = 1e-5 if example.dtype == torch.float32 else 1e-9
+    require_same_function(model, lambda x: network(lowered.move(x)), example, share, "lowered")
+
+
+@torch.no_grad()
+def require_same_function(
+    model: nn.Module, other: Callable[[Tensor], Tensor], example: Tensor, share: float, name: str, size: float = 1.0
+) -> None:
+    """Raises SelfRefutedError where the two differ, in float64, by more than the `share` of the largest logit, or of `size`.
+
+    On the images, on random ones, and on values far outside [0,1], where clipping and padding show; in two batch sizes.
+    """
+    original = copy.deepcopy(model).double().eval()
     generator = torch.Generator(example.device).manual_seed(0)
     pixels = torch.rand(7, *example.shape[1:], dtype=torch.float64, device=example.device, generator=generator)
     for x in (torch.cat([example.double(), pixels[:4]]), 40 * (pixels[4:] - 0.5)):
-        want, got = original(x), network(lowered.move(x))
+        want, got = original(x), other(x)
         require_finite(x, want)
-        scale = max(1.0, float(want.abs().max()))
-        # a float32 network's folded weights were rounded to float32, so the two agree to that precision only
-        share = 1e-5 if example.dtype == torch.float32 else 1e-9
+        scale = max(size, float(want.abs().max()))
         if want.shape != got.shape or not float((want - got).abs().max()) <= share * scale:
-            raise SelfRefutedError("the lowered network differs from the original; please report this network")
+            raise SelfRefutedError(f"the {name} network differs from the original; please report this network")

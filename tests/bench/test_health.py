@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.errors import UserError
 from bench.health import Flag, flags
+from bench.health import collapsed as collapsed_warnings
 from bench.models import PLAIN, build_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "health_flags.md"
@@ -83,6 +84,18 @@ RAISED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_a_network_with_one_fault_raises_the_flags_of_that_fault_alone(name: str) -> None:
     make, expected = RAISED[name]
     assert names(flags(make(), X, Y)) == expected
+
+
+def test_a_record_is_warned_of_a_collapsed_network_and_told_when_no_image_can_change_it() -> None:
+    """Pruned to nothing, the weights say so; a ReLU that no image of the data passes leaves open what others would do."""
+    assert collapsed_warnings(build_model("mlp", (1, 8, 8), 10).eval(), X) == []
+    (cut,) = collapsed_warnings(collapsed().eval(), X)
+    assert cut.endswith("the network has collapsed; no path of non-zero weights leads from a pixel to a logit")
+    model = build_model("mlp", (1, 8, 8), 10)
+    with torch.no_grad():
+        model.get_submodule("fc1").bias.fill_(-1e3)
+    (dead,) = collapsed_warnings(model.eval(), X)
+    assert (dead.startswith("256 images get the same logits"), dead.endswith("the network has collapsed")) == (True, True)
 
 
 def test_a_saturated_softmax_has_no_gradient_and_the_share_of_images_is_exact() -> None:

@@ -60,6 +60,10 @@ def test_every_count_of_a_network_made_by_hand() -> None:
     # unit 0 leads nowhere (its 2 weights), unit 1 is always 0 (its outgoing 5): 3 of 6 weights can matter
     assert found["reachable"] == {"kept": 3, "total": 12, "density": 0.25}
     assert (first["reachable"], second["reachable"]) == (1, 2)
+    # unit 2 is what is left: one of its two weights is a zero, and both of its readers stay
+    assert found["compacted"] == {
+        "kept": 3, "total": 4, "density": 0.75, "constant": False, "units": [3, 5], "layers": {"1": [1, 3], "3": [2, 2]},
+    }  # fmt: skip
     json.dumps(found, allow_nan=False)
 
 
