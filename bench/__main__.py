@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from .commands import certify, checking, claims, data, listing, plugins, suites  # noqa: F401  (each adds its verbs)
+from .commands import (  # noqa: F401  (each adds its verbs)
+    boards,
+    certify,
+    challenges,
+    checking,
+    claims,
+    data,
+    listing,
+    plugins,
+    releases,
+    security,
+    site,
+    suites,
+)
 from .commands.options import app
 from .errors import UserError
 

@@ -31,7 +31,7 @@ def code_digest() -> str:
     """sha256 over the sources that results depend on: an edited line makes every stored phase and record stale."""
     total = hashlib.sha256()
     for package in OWN:
-        for path in sorted((ROOT / package).rglob("*.py")):
+        for path in sorted(path for end in ("*.py", "*.cpp") for path in (ROOT / package).rglob(end)):
             if path.name != "__main__.py" and path.parent.name != "commands" and "screen" not in path.stem:
                 total.update(f"{path.relative_to(ROOT)}:{file_digest(path)}\n".encode())
     return total.hexdigest()

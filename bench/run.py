@@ -29,6 +29,7 @@ from .errors import UserError
 from .evaluate import ContradictionError, Evaluation, evaluate
 from .factors import Stored, stored_forms, stored_state
 from .files import make_folder, write_json, write_whole
+from .health import MOST, collapsed
 from .loop import Epoch
 from .models import build_model, initialise_
 from .outside import own_data, own_training_data
@@ -239,7 +240,7 @@ def write_record(
     """
     sparsity, warnings = sparsity_of(model, cell, stored)
     warnings += [f"{data.name}: {data.note}"] if data.note else []
-    warnings += _own_loss(cell)
+    warnings += _own_loss(cell) + collapsed(model, samples.first(min(len(samples), MOST)).pixels())
     before = retire(folders.records, cell.id)
     weights, rows = folders.checkpoints / f"{cell.id}.safetensors", folders.records / f"{cell.id}.parquet"
     card = Card(cell.arch, data.shape, data.classes, data.name, facts={"cell": cell.id})

@@ -25,6 +25,7 @@ threat                                     : | attacks
 files                                      : errors
 pickles                                    :
 published                                  : errors
+engine                                     : published | verifiers
 readers                                    : errors files pickles published
 imagenet                                   : errors files published
 models                                     : errors | verifiers
@@ -42,12 +43,13 @@ layouts                                    : errors factors sparsity
 checkpoints                                : errors factors files models layouts
 reach                                      : sparsity | verifiers
 passport                                   : errors factors sparsity reach | verifiers
-health                                     : errors
+health                                     : errors | verifiers
 outside                                    : errors data models build checkpoints
-evaluate                                   : errors threat train cells | attacks verifiers
+masking                                    : cells
+evaluate                                   : errors threat train cells masking | attacks verifiers
 witnesses                                  : errors evaluate files
 selfcheck                                  : build evaluate files provenance threat | leaderboard verifiers
-run          : errors factors files loop passport provenance sparsity data models train build cells phases checkpoints outside evaluate selfcheck witnesses | leaderboard
+run          : errors factors files health loop passport provenance sparsity data models train build cells phases checkpoints outside evaluate selfcheck witnesses | leaderboard
 radii                                      : errors | verifiers
 curve                                      : threat build cells evaluate radii | leaderboard
 report                                     : files | leaderboard
@@ -61,10 +63,12 @@ answer       : build cells question radii sparsity
 certify      : answer build cells curve evaluate export files health onnx_files outside passport question report train | leaderboard
 claims : build cells certify checkpoints curve data errors evaluate health outside provenance question run threat witnesses | leaderboard
 replay       : cells checkpoints claims errors evaluate threat | attacks verifiers
+spot         : cells claims errors evaluate replay | attacks leaderboard
+challenge    : claims errors evaluate files replay threat witnesses | attacks leaderboard verifiers
 contracts    : build cells data errors evaluate factors methods objectives phases selfcheck sparsity threat train | attacks verifiers
 workers      : files cells evaluate run
 screen       : workers
-suite        : files cells models run workers screen selfcheck
+suite        : files cells models run workers screen selfcheck | leaderboard
 """  # noqa: E501
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import UserError, unknown
+from .boards import checked
 from .options import RUNS, DataDir, Device, Json, Out, Workers, app, show, stderr
 from .site import CORES, about_methods
 
@@ -65,6 +66,7 @@ def draw(root: Path, as_json: bool) -> dict[str, Any]:
     """The board of a run folder: a table on stdout (unless JSON is asked for) and a site that opens from disk."""
     from rich.console import Console
 
+    from leaderboard.challenges import notes
     from leaderboard.render import terminal
     from leaderboard.site.sources import gather
     from leaderboard.site.write import write_site
@@ -75,6 +77,8 @@ def draw(root: Path, as_json: bool) -> dict[str, Any]:
     path = write_site(contents, root / "site", about_methods(), CORES)
     if not as_json:
         terminal(contents.board, Console())
+        for note in notes(contents.board):
+            print(note)
         print(f"\nboard: {path}\nrecords: {root / 'records'}")
     return {"page": str(path), "entries": json.loads(contents.board.to_json(orient="records"))}
 
@@ -85,24 +89,18 @@ def board(
     out: Out = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Check the records of a suite (every number is derived again from the verdict rows) and draw its board."""
-    from leaderboard.checks import check_all
-
+    """Check the records of a suite (as `leaderboard check` does) and draw its board."""
     root = Path(suite) if Path(suite).is_dir() else out / suite
     if not (root / "records").is_dir():
         known = [path.parent.name for path in out.glob("*/records")] if out.is_dir() else []
         raise unknown("board", suite, known) if known else UserError(f"there are no records under {root}; run the suite first")
-    if contradicted := sorted((root / "contradictions").glob("*.json")):
-        print(f"contradicted certificates, without a record: {', '.join(path.stem for path in contradicted)}", file=sys.stderr)
+    problems = checked(root / "records")["problems"]
+    for sentence in problems:
+        print(sentence, file=sys.stderr)
+    if problems:
         raise typer.Exit(3)
     if not any((root / "records").glob("*.json")):
         raise UserError(f"there are no records in {root / 'records'}; see {root / 'failures'} for cells that failed")
-    problems = {name: found for name, found in check_all(root).items() if found}
-    for name, found in problems.items():
-        for sentence in found:
-            print(f"{name}: {sentence}", file=sys.stderr)
-    if problems:
-        raise typer.Exit(3)
     pages = draw(root, as_json)
     if as_json:
         show(pages)

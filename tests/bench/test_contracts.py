@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
+from bench.build import build
 from bench.contracts import KINDS, findings, kind_of, methods, verifiers
+from bench.contracts.attacks import attack_findings
 from bench.contracts.methods import durable_complaints, resume_complaints
 from bench.methods import METHODS
 from bench.objectives import OBJECTIVES
@@ -78,9 +80,29 @@ def test_shipped_objectives_keep_their_contracts(name: str) -> None:
     assert wrong("objective", name) == []
 
 
-@pytest.mark.parametrize("name", ["pgd", "fgsm"])
+@pytest.mark.parametrize(
+    "name",
+    ["pgd", "fgsm", "wrm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fmn", "ddn", "apgd", "pgdl2"))],
+)
 def test_shipped_attacks_keep_their_contracts(name: str) -> None:
-    assert wrong("attack", name) == []
+    found = list(findings("attack", name))
+    assert [one for one in found if one.why] == []
+    assert any(one.holds for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [
+    {"name": "square", "n_queries": 60}, {"name": "fab", "steps": 5}, {"name": "autoattack", "steps": 5, "queries": 20},
+])  # fmt: skip
+def test_attacks_of_torchattacks_keep_their_contracts(fields: dict[str, Any]) -> None:
+    found = list(attack_findings(lambda **ball: build("attack", {**fields, **ball})))
+    assert [one for one in found if one.why or one.refused] == []
+
+
+def test_an_attack_whose_loss_needs_more_classes_than_the_toy_has_is_refused_not_blamed() -> None:
+    found = list(attack_findings(lambda **ball: build("attack", {"name": "apgdt", "steps": 2, **ball})))
+    assert [one.why for one in found] == ["", ""]
+    assert all("needs 4 classes" in one.refused for one in found)
 
 
 @pytest.mark.parametrize(

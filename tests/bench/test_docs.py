@@ -22,7 +22,16 @@ def test_the_suite_of_the_suites_page_is_one(tmp_path: Path) -> None:
     (text,) = blocks("suites.md", "toml")
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("every = 10                   # or: first = 500", "every = 10"))
-    assert len(read_suite(str(path)).cells) == 8
+    assert len(read_suite(str(path)).cells) == 8 + 4  # and dense, per objective and seed
+
+
+def test_the_attacks_of_the_attacks_page_make_a_suite(tmp_path: Path) -> None:
+    (suite,) = blocks("suites.md", "toml")
+    path = tmp_path / "mine.toml"
+    before, after = suite.split("[[attack]]")[0], suite[suite.index("[[verifier]]") :]
+    path.write_text("\n".join([before, *blocks("attacks.md", "toml"), after]))
+    attacks = read_suite(str(path)).cells[0].attacks
+    assert {one.label: one.rest for one in attacks} == {"pgd": False, "autoattack": True, "square": True, "fmn": False}
 
 
 @pytest.mark.parametrize("kind, name", [("objective", "LabelSmoothing"), ("attack", "Darken"), ("verifier", "Timid")])

@@ -340,6 +340,8 @@ def test_a_record_is_marked_where_its_method_trains_with_another_loss_than_the_o
     (tmp_path / "fixed.toml").write_text(SUITE)
     marks = {}
     for cell in read_suite(str(tmp_path / "fixed.toml")).cells:
+        if cell.method["name"] == "dense":
+            continue
         record = run_cell(cell, Folders(tmp_path / "fixed@1"), torch.device("cpu"))
         marks[cell.method["name"], cell.objective["name"]] = "nap fixes a loss of its own: benign" in record["checks"]["warnings"]
     assert marks == {("nap", "benign"): False, ("nap", "pgd"): True, ("lwm", "benign"): False, ("lwm", "pgd"): False}

@@ -248,7 +248,7 @@ data = {name = "digits"}
 threat = {norm = "linf", eps = "1/10"}
 budget = {}
 grid = {arch = ["cnn_small", ARCH], density = ["0.1"], seed = [0]}
-method = [{name = "lwm"}]
+method = [{name = "dense"}]
 objective = [{name = "ibp", eps = "1/10", headline = "certified.ibp"}]
 verifier = [{name = "ibp"}]
 """
@@ -259,7 +259,7 @@ def test_suites_take_widths_and_their_cells_stay_file_names(tmp_path: Path) -> N
     path.write_text(SUITE.replace("ARCH", '"resnet18@1/16"'))
     cells = read_suite(str(path)).cells
     assert [cell.arch for cell in cells] == ["cnn_small", "resnet18@1/16"]
-    assert cells[1].id.startswith("widths@1-resnet18@1of16-lwm-ibp-")
+    assert cells[1].id.startswith("widths@1-resnet18@1of16-dense-ibp-")
     assert "/" not in cells[1].id
     for arch, complaint in {'"resnet18@2/32"': "as in resnet18@1/16", '"resnet19"': "'resnet18'", "18": "model '18'"}.items():
         path.write_text(SUITE.replace("ARCH", arch))

@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a suite of one cell, measured here."""
     folder = tmp_path_factory.mktemp("suite")
     (folder / "small.toml").write_text(SUITE)
-    (cell,) = read_suite(str(folder / "small.toml")).cells
+    cell, _dense = read_suite(str(folder / "small.toml")).cells
     run_cell(cell, Folders(folder / "small@1"), CPU)
     return folder / "small@1"
 
