@@ -63,7 +63,7 @@ def version() -> str:
 
 @functools.cache
 def revision() -> tuple[str | None, bool | None]:
-    """(git commit, whether the tree has uncommitted changes), or (None, None) outside a checkout."""
+    """(git commit, whether the tree has uncommitted changes or unknown sources), or (None, None) outside a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -71,7 +71,10 @@ def revision() -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        # of any depth, and ignored ones, too
+        unknown = [f"{package}/*.{end}" for package in (*OWN, "leaderboard") for end in ("py", "cpp")]
+        dirty = git("status", "--porcelain", "--untracked-files=no") or git("ls-files", "--others", "--", *unknown)
+        return git("rev-parse", "HEAD"), bool(dirty)
     except (OSError, subprocess.SubprocessError):
         return None, None
 

@@ -26,6 +26,7 @@ from .claims import Claims, Finding, Outside, claims_of_folder, claims_of_record
 from .errors import UserError
 from .evaluate import ATTACK_BATCH, ContradictionError, evaluate, predict
 from .threat import within
+from .together import OTHER_ALONE, OTHER_MARGIN, costly, depends_on_batch, in_batch_of_old, pixels_of
 
 SHARES = (0.01, 0.05, 0.10)
 MARGIN_TOLERANCE = 1e-3  # of a margin of size 1 or more: what another processor may round otherwise
@@ -117,12 +118,6 @@ def drawn(random: np.random.Generator, items: Sequence[Any], count: int) -> list
     return [items[i] for i in sorted(at)]
 
 
-def pixels_of(claims: Claims, at: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Images, labels and sample numbers of the rows `at`."""
-    where = torch.tensor(list(at), dtype=torch.int64, device=claims.samples.labels.device)
-    return claims.samples.pixels(where), claims.samples.labels[where], claims.rows["index"].iloc[list(at)].tolist()
-
-
 # ---- clean predictions -----------------------------------------------------------------------------------------------
 
 
@@ -157,6 +152,7 @@ def _proven_again(claims: Claims, chosen: Iterable[tuple[int, int]]) -> Iterator
     for verifier, at in chosen:
         by_verifier[verifier].append(at)
     everyone = [replace(one, first=None) for one in claims.verifiers]
+    unsure: list[tuple[Assignment, int]] = []
     for verifier, rows in by_verifier.items():
         one = everyone[verifier]
         x, y, index = pixels_of(claims, rows)
@@ -168,23 +164,33 @@ def _proven_again(claims: Claims, chosen: Iterable[tuple[int, int]]) -> Iterator
         for k, at in enumerate(rows):
             compare = same_proof if one.tool.deterministic else same_counts
             why, note = compare(one, claims.rows.iloc[at], out.rows.iloc[k])
-            yield Finding("certificate", one.label, index[k], why, note)
-
-
-def costly(one: Assignment) -> bool:
-    """Whether a verifier takes over what others have proven or broken, so that its own answer may be theirs."""
-    return bool(getattr(one.tool, "costly", False))
+            if why and depends_on_batch(one):
+                unsure.append((one, at))
+            else:
+                yield Finding("certificate", one.label, index[k], why, note)
+    for again in in_batch_of_old(claims, unsure):
+        why, _ = same_proof(again.giver, claims.rows.iloc[again.at], again.found)
+        yield Finding("certificate", again.asked.label, int(claims.rows["index"][again.at]), why, "" if why else OTHER_ALONE)
 
 
 def same_proof(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple[str, str]:
-    """(why it fails, a note): proven to the recorded radius again, and by the recorded margin where that has one meaning."""
+    """(why it fails, a note): proven to the recorded radius again, and by the recorded margin where that has one meaning.
+
+    A margin that depends on the batch accuses nobody.
+    """
     radius, margin = (name + one.label for name in ("radius:", "margin:"))
     if not found[radius] >= recorded[radius]:
         status = found[f"status:{one.label}"]
         return f"radius {recorded[radius]:.6g} is recorded, but {one.label} answers {status} with {found[radius]:.6g}", ""
-    if not costly(one) and not alike(found[margin], recorded[margin]):  # a costly verifier's may be another's
-        return f"its margin is {found[margin]:.6g}, recorded is {recorded[margin]:.6g}: another network or another verifier", ""
-    return "", ""
+    return ("", "") if costly(one) else same_margin(one, found[margin], recorded[margin])  # a costly one's may be another's
+
+
+def same_margin(one: Assignment, found: float, recorded: float) -> tuple[str, str]:
+    if alike(found, recorded):
+        return "", ""
+    if depends_on_batch(one) and math.isfinite(found) and math.isfinite(recorded):
+        return "", OTHER_MARGIN
+    return f"its margin is {found:.6g}, recorded is {recorded:.6g}: another network or another verifier", ""
 
 
 def alike(found: float, recorded: float) -> bool:

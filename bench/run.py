@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from leaderboard.canonical import digest, sha256_file
+from leaderboard.checks import PER_LAYER, WHOLE_FILTERS, over_density
 from leaderboard.entering import enter, retire
 from leaderboard.migrations import SCHEMA
 from leaderboard.stats import metrics_of
@@ -201,27 +202,29 @@ def sparsity_of(
     plain, found = layer_counts(model), stored_form(model, stored or {})
     kept_in = {name: sum(part["kept"] for part in layer["parts"].values()) for name, layer in found["layers"].items()}
     counts = {name: (kept_in[name], total) for name, (_, total) in plain.items()}
-    method = build("method", cell.method)
+    scope = getattr(build("method", cell.method), "scope", "whole network")
+    kept, total = map(sum, zip(*counts.values(), strict=True))
     warnings = []
-    if getattr(method, "scope", None) == "per layer":
-        for name, (kept, total) in counts.items():
-            allowed = kept_of(total, cell.density)
-            if kept > allowed:
-                raise UserError(f"{cell.id}: the method kept {kept} weights of {name}, density {cell.density} allows {allowed}")
-            if kept < allowed:
-                warnings.append(f"{name} has {kept} non-zero weights of the {allowed} that density {cell.density} allows")
-    if getattr(method, "scope", "").startswith("global"):
-        kept, total = map(sum, zip(*counts.values(), strict=True))
+    if scope == PER_LAYER:
+        for name, (own, size) in counts.items():
+            allowed = kept_of(size, cell.density)
+            if own > allowed:
+                raise UserError(f"{cell.id}: the method kept {own} weights of {name}, density {cell.density} allows {allowed}")
+            if own < allowed:
+                warnings.append(f"{name} has {own} non-zero weights of the {allowed} that density {cell.density} allows")
+    elif scope.startswith("global"):
         allowed = budget_of(total, cell.density)
         if kept > allowed:
             raise UserError(f"{cell.id}: the method kept {kept} of {total} weights, density {cell.density} allows {allowed}")
         if kept < allowed:
             warnings.append(f"{kept} non-zero weights of the {allowed} that density {cell.density} allows")
+    elif scope != WHOLE_FILTERS and kept > cell.density * total:
+        warnings.append(over_density(kept, total, cell.density))
     block = {
-        "scope": getattr(method, "scope", "whole network"),
+        "scope": scope,
         "requested": str(cell.density),
-        "kept": sum(kept for kept, _ in counts.values()),
-        "total": sum(total for _, total in counts.values()),
+        "kept": kept,
+        "total": total,
         "layers": {name: list(count) for name, count in counts.items()},
         "bits": found["bits"],
     }

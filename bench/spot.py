@@ -26,14 +26,14 @@ from .replay import (
     alike,
     breakers,
     chance,
-    costly,
     drawn,
     executed,
-    pixels_of,
     same_counts,
+    same_margin,
     same_proof,
     survivors,
 )  # fmt: skip
+from .together import OTHER_ALONE, costly, depends_on_batch, in_batch_of_old, pixels_of
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,15 @@ class Spot:
 
     def sentences(self) -> Iterator[str]:
         """What to print: the failures, what is worth knowing, and how likely a false record would have been caught."""
+        noted: dict[tuple[str, str, str], list[Finding]] = defaultdict(list)
         for one in self.findings:
-            sample = "" if one.sample is None else f" of sample {one.sample}"
-            by = f" by {one.by}" if one.by else ""
-            if one.why or one.note:
-                yield f"{self.name}: {'fails' if one.why else 'note'}: {one.what}{sample}{by}: {one.why or one.note}"
+            if one.why:
+                sample = "" if one.sample is None else f" of sample {one.sample}"
+                yield f"{self.name}: fails: {one.what}{sample}{_by(one)}: {one.why}"
+            elif one.note:
+                noted[one.what, one.by, one.note].append(one)
+        for same in noted.values():
+            yield f"{self.name}: note: {same[0].what}{_of_samples(same)}{_by(same[0])}: {same[0].note}"
         for note in self.notes:
             yield f"{self.name}: note: {note}"
         if self.caught:
@@ -81,6 +85,16 @@ class Spot:
                 f"{'all as recorded' if self.holds else 'not all as recorded'}; a false verdict would have been met with "
                 f"probability {words}"
             )
+
+
+def _by(one: Finding) -> str:
+    return f" by {one.by}" if one.by else ""
+
+
+def _of_samples(same: Sequence[Finding]) -> str:
+    numbers = [str(one.sample) for one in same if one.sample is not None]
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f" of sample{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:5])}{more}" if numbers else ""
 
 
 def spot_checks(records: Sequence[Path], count: int, seed: int, outside: Outside) -> tuple[list[Spot], list[str]]:
@@ -122,10 +136,12 @@ def _whole(claims: Claims, chosen: Sequence[int]) -> Iterator[Finding]:
     """The rows `chosen` made again: those that were asked the same verifiers together.
 
     The noise of our own PGD is the image's own, so it runs on these images alone, and once more in the batch of old only where
-    the answer is another then (kernels round otherwise). All other attacks run in the batch of old.
+    the answer is another then (kernels round otherwise). All other attacks run in the batch of old. A verifier whose bounds
+    depend on the batch runs in the batch of old where its answer is another one; another margin alone is only noted.
     """
     alone = [one for one in claims.attacks if isinstance(one.tool, (PGD, FGSM)) and one.tool.seed is not None]
     doubtful: list[tuple[str, int]] = []
+    unsure: list[tuple[Assignment, int]] = []
     for labels, rows in _by_verifiers(claims, chosen).items():
         x, y, index = pixels_of(claims, rows)
         asked = [replace(one, first=None) for one in claims.verifiers if one.label in labels]
@@ -134,8 +150,11 @@ def _whole(claims: Claims, chosen: Sequence[int]) -> Iterator[Finding]:
         except ContradictionError as found:
             yield Finding("certificate", str(found.facts["verifier"]), int(found.facts["index"]), str(found))
             continue
-        yield from _answers(claims, rows, asked, out)
+        yield from _answers(claims, rows, asked, out, unsure)
         doubtful += _doubtful(claims, rows, out)
+    for again in in_batch_of_old(claims, unsure):
+        why, _ = _same_answer(again.giver, claims.rows.iloc[again.at], again.found)
+        yield Finding("answer", again.asked.label, int(claims.rows["index"][again.at]), why, "" if why else OTHER_ALONE)
     for (by, at), survived in survivors(claims, doubtful):
         yield _survival(claims, by, at, survived, by in {one.label for one in alone})
 
@@ -148,7 +167,10 @@ def _by_verifiers(claims: Claims, chosen: Sequence[int]) -> dict[tuple[str, ...]
     return groups
 
 
-def _answers(claims: Claims, at: Sequence[int], asked: Sequence[Assignment], out: Evaluation) -> Iterator[Finding]:
+def _answers(
+    claims: Claims, at: Sequence[int], asked: Sequence[Assignment], out: Evaluation, unsure: list[tuple[Assignment, int]]
+) -> Iterator[Finding]:
+    """What follows from predictions and answers as they are; `unsure` gets those that are to be made in the batch of old."""
     for k, row in enumerate(at):
         recorded, found = claims.rows.iloc[row], out.rows.iloc[k]
         number = int(recorded["index"])
@@ -156,7 +178,11 @@ def _answers(claims: Claims, at: Sequence[int], asked: Sequence[Assignment], out
         why = f"predicted as {found['predicted']}, recorded is {recorded['predicted']}" if off else ""
         yield Finding("clean prediction", "", number, why)
         for one in asked:
-            yield Finding("answer", one.label, number, *_same_answer(one, recorded, found))
+            why, note = _same_answer(one, recorded, found)
+            if why and depends_on_batch(one):
+                unsure.append((one, row))
+            else:
+                yield Finding("answer", one.label, number, why, note)
 
 
 def _same_answer(one: Assignment, recorded: pd.Series, found: pd.Series) -> tuple[str, str]:
@@ -175,9 +201,7 @@ def _same_answer(one: Assignment, recorded: pd.Series, found: pd.Series) -> tupl
     if was != is_now:
         said = f"answers {is_now} (margin {margins[0]:.6g}), recorded is {was} (margin {margins[1]:.6g})"
         return ("", said) if all(alike(one, 0.0) for one in margins) else (said, "")  # too near to zero to tell
-    if not costly(one) and not alike(*margins):
-        return f"its margin is {margins[0]:.6g}, recorded is {margins[1]:.6g}: another network or another verifier", ""
-    return "", ""
+    return ("", "") if costly(one) else same_margin(one, *margins)
 
 
 def _doubtful(claims: Claims, at: Sequence[int], out: Evaluation) -> Iterator[tuple[str, int]]:

@@ -10,14 +10,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from leaderboard import ledger
+from leaderboard.board import VARIES, labels, one_protocol
 from leaderboard.canonical import canonical, sha256_file
-from leaderboard.checks import folder_problems
+from leaderboard.checks import folder_problems, kept_more
 from leaderboard.entering import adopt, enter, files_of, retire
-from leaderboard.errors import RecordError, RefusedError
+from leaderboard.errors import BoardError, RecordError, RefusedError
 from leaderboard.record import Record, columns_of, read_all
 from leaderboard.stats import certified
 from leaderboard.submission import checked, unpack
@@ -59,13 +61,13 @@ def add(path: str | Path, folder: str | Path, weights: bool = False, correct: bo
         root = Path(unpacked)
         manifest = unpack(path, root)
         sent = checked(root / "records", processes)
-        adopt(folder)  # what a killed addition did not come to enter
+        note = {"by": manifest.by, "submission": sha256_file(path)}
+        adopt(folder, {one.digest: note for one in sent})  # what a killed addition did not come to enter
         if reasons := folder_problems(folder):
             raise RefusedError([f"{folder}: {one}" for one in reasons])
         plan = _plan(root / "records", sent, folder, correct)
         if plan.refused:
             raise RefusedError(plan.refused)
-        note = {"by": manifest.by, "submission": sha256_file(path)}
         for step in plan.steps:
             _take(step, root / "records", folder, note)
             if weights and step.kind in NEW:
@@ -99,17 +101,54 @@ def _plan(came: Path, sent: list[Record], folder: Path, correct: bool) -> Plan:
             plan.steps.append(_step(record, came, stands.get(_cell(record)), folder, log, theirs, correct))
         except RecordError as reason:
             plan.refused.append(f"{record.id}: {reason}")
+    try:
+        _share_a_board(plan, here)
+    except BoardError as reason:
+        plan.refused.append(str(reason))
     return plan
+
+
+def _share_a_board(plan: Plan, here: list[Record]) -> None:
+    """Raises BoardError where those that will stand were measured differently, on other images, or twice."""
+    import pandas as pd
+
+    gone = {step.against.digest for step in plan.steps if step.kind == "corrected" and step.against is not None}
+    new = [step.record for step in plan.steps if step.kind in NEW]
+    records = [*(one for one in here if one.digest not in gone), *new]
+    if not new:
+        return
+    methods, objectives = labels(records, "method"), labels(records, "objective")
+    one_protocol(pd.DataFrame([{
+        "suite": one.suite, "version": one.suite_version, "objective": objectives[one.id], "arch": one.cell.arch,
+        "method": methods[one.id], "density": float(Fraction(one.cell.density)), "seed": one.cell.seed, "record": one.id,
+        "images": one.samples.digest,
+        "protocol": canonical({key: value for key, value in one.document["cell"].items() if key not in VARIES}),
+    } for one in records]))  # fmt: skip
 
 
 def _cell(record: Record) -> bytes:
     return canonical(record.original["cell"])
 
 
+def proper_id(record: Record) -> str:
+    """The id that sparsecert gives to a record of this cell (see `bench.cells.Cell.id`)."""
+    cell, arch = record.cell, record.cell.arch.replace("/", "of")
+    method, objective = (part.name.rpartition(":")[2] for part in (cell.method, cell.objective))
+    density, sha256 = float(Fraction(cell.density)), hashlib.sha256(_cell(record)).hexdigest()
+    words = [f"{cell.suite}@{cell.version}", arch, method, objective, f"d{density:g}", f"s{cell.seed}", sha256[:8]]
+    return "-".join(words)
+
+
 def _belongs(record: Record, here: list[Record], folder: Path) -> None:
     """Its files are called after its cell, so that none can take the place of another's; and it is of the folder's suite."""
-    if not record.id.endswith(f"-{hashlib.sha256(_cell(record)).hexdigest()[:8]}"):
-        raise RecordError("its id does not end with the first 8 hex digits of its cell's sha256; let sparsecert write it")
+    if record.id != (named := proper_id(record)):
+        raise RecordError(f"its id is not the {named!r} of its cell; let sparsecert write it")
+    if (more := kept_more(record)) is not None and more in record.checks.warnings:
+        raise RecordError(f"{more}, and a board ranks by density")
+    other = next((one for one in here if one.id == record.id and _cell(one) != _cell(record)), None)
+    if other is not None:
+        raise RecordError("a record of another cell stands here under its id")
+    _replaces_nobody_else(record, here)
     evidence, own = record.evidence, f"{record.id}.safetensors"
     names = [evidence.verdicts, evidence.witnesses, evidence.weights, evidence.stored]
     proper = [f"{record.id}.parquet", f"{record.id}.witnesses.safetensors", f"../checkpoints/{own}",
@@ -117,10 +156,21 @@ def _belongs(record: Record, here: list[Record], folder: Path) -> None:
     if wrong := [name for name, ours in zip(names, proper, strict=True) if name not in (ours, None)]:
         raise RecordError(f"its file {wrong[0]!r} is not called after it")
     suite = f"{record.suite}@{record.suite_version}"
-    named = next((one for one in (folder.name, folder.parent.name) if "@" in one), suite)
-    known = {named, *(f"{one.suite}@{one.suite_version}" for one in here)}
+    place = next((one for one in (folder.name, folder.parent.name) if "@" in one), suite)
+    known = {place, *(f"{one.suite}@{one.suite_version}" for one in here)}
     if known != {suite}:
         raise RecordError(f"it is of {suite}, the folder is of {', '.join(sorted(known - {suite}))}; versions never mix")
+
+
+def _replaces_nobody_else(record: Record, here: list[Record]) -> None:
+    """A record may only take the place of one of its own cell, so nobody can make another's entry disappear."""
+    for one in here:
+        if _cell(one) == _cell(record):
+            continue
+        if record.supersedes in (one.digest, one.id):
+            raise RecordError(f"it says that it supersedes {one.id}, a record of another cell")
+        if one.supersedes in (record.digest, record.id):
+            raise RecordError(f"{one.id}, a record of another cell that stands here, says that it supersedes it; move that away")
 
 
 def _step(

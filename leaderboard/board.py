@@ -47,7 +47,7 @@ def load_records(folder: str | Path) -> pd.DataFrame:
 
     folder = Path(folder)
     records, happened = counting(read_all(folder)), effects(folder)
-    methods, objectives = (_labels(records, part) for part in ("method", "objective"))
+    methods, objectives = (labels(records, part) for part in ("method", "objective"))
     lines = [_line(one, folder, methods[one.id], objectives[one.id], happened.get(one.digest, Effect())) for one in records]
     if not lines:
         return pd.DataFrame(columns=[*ENTRY, "seed", "record", "headline", "value"])
@@ -55,20 +55,23 @@ def load_records(folder: str | Path) -> pd.DataFrame:
 
 
 def counting(records: Iterable[Record]) -> list[Record]:
-    """The records that no other one supersedes, by id or by digest."""
+    """The records that no other one of the same cell supersedes, by id or by digest."""
     records = list(records)
-    replaced = {one.supersedes for one in records} - {None}
-    return [one for one in records if not replaced & {one.id, one.digest}]
+    replaced = {(one.supersedes, canonical(one.document["cell"])) for one in records if one.supersedes is not None}
+    return [one for one in records if not replaced & {(name, canonical(one.document["cell"])) for name in (one.id, one.digest)}]
 
 
-def _labels(records: list[Record], part: str) -> dict[str, str]:
-    """A name for each record's method or objective; where one name has several settings, those that differ are added."""
+def labels(records: list[Record], part: str) -> dict[str, str]:
+    """A name for each record's method or objective; where one name has several settings, those that differ are added.
+
+    One without any setting keeps the plain name.
+    """
     settings = {one.id: one.document["cell"][part] for one in records}
     labels = {}
     for name, mine in settings.items():
         others = [fields for fields in settings.values() if fields["name"] == mine["name"]]
-        differs = sorted({key for fields in others for key in fields if fields.get(key) != mine.get(key)})
-        words = ", ".join(f"{key}={mine.get(key)}" for key in differs)
+        differs = sorted({key for fields in others for key in fields | mine if fields.get(key) != mine.get(key)})
+        words = ", ".join(f"{key}={mine.get(key)}" for key in differs if len(mine) > 1)
         labels[name] = mine["name"] + (f" ({words})" if words else "")
     return labels
 
@@ -135,7 +138,7 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
 
     if frame.empty:
         return pd.DataFrame(columns=[*ENTRY, "headline", "value", "rank", "ranks", "seeds", "records"])
-    _one_protocol(frame)
+    one_protocol(frame)
     entries = pd.DataFrame([_entry(part) for _, part in frame.groupby(ENTRY, sort=True)])
     entries[["rank", "ranks"]] = UNRANKED
     placed = entries[~_is_reference(entries) & (entries["status"] != "contradicted")]
@@ -157,7 +160,7 @@ def _in_order(entries: pd.DataFrame) -> pd.DataFrame:
     return entries.loc[order].reset_index(drop=True)
 
 
-def _one_protocol(frame: pd.DataFrame) -> None:
+def one_protocol(frame: pd.DataFrame) -> None:
     """Refuses records of one suite that were measured differently, on other images, or twice."""
     for (suite, version, objective), part in frame.groupby(BOARD):
         for column in ("protocol", "images"):

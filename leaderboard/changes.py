@@ -117,13 +117,20 @@ def _reasons(was: Mapping[str, Any], now: Mapping[str, Any], before: Release, af
 
 
 def _happened(was: Line, now: Line) -> Iterator[str]:
-    if now.status == "contradicted" != was.status:
+    if was.status == "contradicted" != now.status:
+        yield f"the contradiction of {now.id} that {was.credit} found has vanished"
+    elif now.challenged < was.challenged:
+        count = was.challenged - now.challenged
+        yield f"a challenge has vanished: {was.credit} had refuted {count} sample{'s' if count > 1 else ''} more of {now.id}"
+    elif now.status == "contradicted" != was.status:
         yield f"contradiction: {now.credit} found a witness inside a certificate of {now.id}"
     elif now.challenged > was.challenged:
         count = now.challenged - was.challenged
         yield f"challenge: {now.credit} refuted {count} sample{'s' if count > 1 else ''} of {now.id}"
     elif now.status == "rerun" != was.status:
         yield f"a second machine got the verdicts of {now.id} again"
+    elif was.status == "rerun" and now.status == "measured":
+        yield f"the second machine of {now.id} has vanished"
 
 
 def _by_other_code(was: Line, now: Line) -> str:

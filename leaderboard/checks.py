@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import partial
+from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WORTH_A_PROCESS = 32  # records: fewer are checked before another process has started
+PER_LAYER, WHOLE_FILTERS = "per layer", "whole filters per layer"  # scopes whose rounding is another than the whole network's
 
 
 def check(record: Record, folder: str | Path) -> list[str]:
@@ -29,7 +32,7 @@ def check(record: Record, folder: str | Path) -> list[str]:
     """
     folder, problems = Path(folder), list[str]()
     for found in (
-        _digest(record), _sparsity(record), _weights(record, folder), _verdict_digest(record, folder),
+        _digest(record), _sparsity(record), _density(record), _weights(record, folder), _verdict_digest(record, folder),
         _witness_digest(record, folder), _totals(record), _rows(record, folder),
     ):  # fmt: skip
         try:
@@ -190,6 +193,68 @@ def _sparsity(record: Record) -> Iterator[str]:
         yield "sparsity.merged and evidence.stored go together: both are there for a stored form, else neither"
 
 
+def kept_more(record: Record) -> str | None:
+    """What a record says of itself whose method kept more weights than its density allows; None where it did not.
+
+    A plug-in may keep what it likes, if the record says so; such a record is never added to a board, which ranks by density.
+    """
+    block = record.sparsity
+    return over_density(block.kept, block.total, record.cell.density) if block.kept > _budget(record) else None
+
+
+def over_density(kept: int, total: int, density: object) -> str:
+    """The warning that marks the record of a method that keeps to no budget."""
+    return f"the method kept {kept} of {total} weights, more than density {density} allows"
+
+
+def _budget(record: Record) -> int:
+    return floor(Fraction(record.cell.density) * record.sparsity.total)
+
+
+def _density(record: Record) -> Iterator[str]:
+    """No more is kept than density and scope allow (the roundings of `bench.sparsity`), unless the record says so.
+
+    Methods that are known to keep a budget have no such excuse. Whole filters are counted on the weights.
+    """
+    block, density = record.sparsity, Fraction(record.cell.density)
+    if block.scope == PER_LAYER:
+        for name, (kept, total) in block.layers.items():
+            if kept > (allowed := _allowed(total, density)):
+                yield f"{name} keeps {kept} of {total} weights, but density {record.cell.density} per layer allows {allowed}"
+    elif block.scope != WHOLE_FILTERS and (sentence := kept_more(record)) is not None:
+        excused = sentence in record.checks.warnings and not block.scope.startswith("global")
+        if not excused:
+            allowed = _budget(record)
+            yield f"sparsity keeps {block.kept} weights, but density {record.cell.density} of {block.total} allows {allowed}"
+
+
+def _allowed(size: int, density: Fraction) -> int:
+    return size - floor((1 - density) * size)
+
+
+def _filters(tensors: Any, layers: Layers, where: str, density: Fraction) -> Iterator[str]:
+    """Of C filters, C - floor((1 - density) C) are kept, each whole: a little more than the budget where C is small."""
+    names = set(tensors.keys())
+    for layer, (kept, total) in layers.items():
+        if f"{layer}.weight" not in names:
+            continue  # `_plain` says so
+        filters = tensors.get_slice(f"{layer}.weight").get_shape()[0]
+        if kept > (allowed := total // filters * _allowed(filters, density)):
+            yield f"{layer} keeps {kept} of {total} weights, but density {density} of its {filters} filters allows {allowed}"
+
+
+def _uncounted(tensors: Any, layers: Layers, where: str) -> Iterator[str]:
+    """No matrix of weights may be hidden: all of 2 dimensions or more count, BatchNorm's have 1."""
+    hidden = set[str]()
+    for name in sorted(set(tensors.keys())):
+        split = str.rpartition if name.endswith(".weight") else str.partition
+        layer, weight, part = split(f"{name}.", ".weight.")
+        if weight and layer not in layers and (part or len(tensors.get_slice(name).get_shape()) > 1):
+            hidden.add(layer)
+    for layer in sorted(hidden):
+        yield f"{where} holds {layer}.weight, which sparsity.layers does not count"
+
+
 def _bits(record: Record) -> Iterator[str]:
     block = record.sparsity
     bits = block.bits
@@ -210,10 +275,14 @@ def _weights(record: Record, folder: Path) -> Iterator[str]:
     path = yield from _present(evidence.weights, evidence.weights_sha256, "weights", folder)
     if path is not None:
         yield from _recount(path, plain, _plain)
+        yield from _recount(path, plain, _uncounted)
+        if block.scope == WHOLE_FILTERS:
+            yield from _recount(path, block.layers, partial(_filters, density=Fraction(record.cell.density)))
     if evidence.stored is not None:
         path = yield from _present(evidence.stored, evidence.stored_sha256, "stored", folder)
         if path is not None:
             yield from _recount(path, block.layers, _stored)
+            yield from _recount(path, block.layers, _uncounted)
     if path is not None and block.bits is not None:
         yield from _recount(path, block.layers, partial(_size, bits=block.bits))
 

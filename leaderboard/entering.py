@@ -52,9 +52,10 @@ def retire(folder: str | Path, name: str, note: Mapping[str, Any] | None = None)
     return stands.digest
 
 
-def adopt(folder: str | Path) -> list[str]:
+def adopt(folder: str | Path, notes: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
     """Enter every whole record that the ledger does not list, as a killed run leaves it; their ids.
 
+    `notes` are those of the ledger by the record's digest, where somebody knows where it came from.
     What does not hold is left alone, for `problems` to name, and what the ledger says was superseded is moved away.
     """
     folder = Path(folder)
@@ -67,7 +68,7 @@ def adopt(folder: str | Path) -> list[str]:
         elif entry is None or entry.event == "superseded":
             document = _whole(path)
             if document is not None and document["digest"] not in gone:
-                enter(folder, document)
+                enter(folder, document, (notes or {}).get(document["digest"]))
                 found.append(path.stem)
     return found
 

@@ -38,7 +38,7 @@ def per_entry(frame: pd.DataFrame, entries: pd.DataFrame) -> pd.DataFrame:
     per_kilobyte, per_kilobyte:csr: value per 1,000 of these bytes.
     difference, difference:low, difference:high: value less that of the dense entry of the same suite, objective and
         architecture on the same images at the seeds that both have (`dense_seeds`), with its 95 % interval; NaN for dense itself
-        and where there is no dense entry or no common seed.
+        and where there is no dense entry or no common seed. Of several settings of `dense` the plain one is the reference.
     """
     import pandas as pd
 
@@ -48,7 +48,7 @@ def per_entry(frame: pd.DataFrame, entries: pd.DataFrame) -> pd.DataFrame:
 
 def _lines(frame: pd.DataFrame, entries: pd.DataFrame) -> list[dict[str, Any]]:
     hits, standing = _hits(frame), _standing(entries)
-    dense = {_key(entry, CURVE): _of(hits, entry) for entry in standing if _is_dense(entry)}
+    dense = {_key(entry, CURVE): _of(hits, entry) for entry in _references(standing)}
     lines = []
     for entry in standing:
         own = _of(hits, entry)
@@ -69,7 +69,8 @@ def headlines(frame: pd.DataFrame, entries: pd.DataFrame) -> pd.DataFrame:
     dense, dense:low, dense:high: the dense entry's headline as in `per_entry`, to see what "within one point of it" is worth.
     ratio: the largest pruning ratio 1 / density (density as asked for) at which the headline is within one point (0.01) of the
         dense network's or above: the mean over images and common seeds of hit less dense hit is -0.01 or more. 1 where it is at
-        no density: then only the dense network is. Among measured densities; NaN without a dense entry.
+        no density: then only the dense network is. Among measured densities; NaN without a dense entry, or with several
+        settings of it of which none is the plain one.
     ratio:low: the largest ratio that is surely within one point: from the densest on, as long as the lower end of the
         difference's 95 % interval is -0.01 or more (non-inferiority in a fixed order).
     ratio:high: the largest ratio that is not surely out of it: the sparsest left after taking away, from the sparsest on, those
@@ -87,7 +88,7 @@ def headlines(frame: pd.DataFrame, entries: pd.DataFrame) -> pd.DataFrame:
 
     hits, rows = _hits(frame), list[dict[str, Any]]()
     for own in _grouped(_lines(frame, entries), CURVE):
-        dense = next((line for line in own if _is_dense(line)), None)
+        dense = next(iter(_references(own)), None)
         methods = [_densest_first(lines) for lines in _grouped((line for line in own if not _is_dense(line)), ["method"])]
         shared = sorted(set.intersection(*({line["density"] for line in lines} for lines in methods))) if methods else []
         found = []
@@ -232,6 +233,15 @@ def _key(line: Mapping[str, Any], columns: list[str]) -> tuple[Any, ...]:
 
 def _is_dense(line: Mapping[str, Any]) -> bool:
     return str(line["method"]).split(" ")[0] == REFERENCE
+
+
+def _references(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The one dense line of each curve that all others are held against: of several settings the plain one; none if unsure."""
+    found = []
+    for own in _grouped((line for line in lines if _is_dense(line) and line["density"] == 1), CURVE):
+        plain = [line for line in own if line["method"] == REFERENCE] or own
+        found += plain if len(plain) == 1 else []
+    return found
 
 
 def _spread(hits: Hits) -> dict[str, float]:

@@ -12,36 +12,38 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal, get_args
+
+from pydantic import Field, ValidationError
 
 from leaderboard.canonical import canonical, sha256_file
 from leaderboard.errors import RecordError
+from leaderboard.record import Count, FileName, Sha256, Strict, first_error
 
 NAME = "ledger.jsonl"
-EVENTS = ("entered", "superseded", "challenged", "contradicted", "rerun")
+Event = Literal["entered", "superseded", "challenged", "contradicted", "rerun"]
+EVENTS: tuple[Event, ...] = get_args(Event)
 STANDING = ("entered", "superseded")  # the events that say whether a record stands in the folder
 START = "0" * 64
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Strict):
     """One line: what happened to which record, and the sha256 of every file (named from the `records` folder) in it."""
 
-    seq: int
-    previous: str
-    event: str
-    record: str
-    digest: str
-    files: Mapping[str, str]
-    at: str
-    note: Mapping[str, Any]
+    seq: Count
+    previous: Sha256
+    event: Event
+    record: FileName
+    digest: Sha256
+    files: dict[str, Sha256]
+    at: Annotated[str, Field(max_length=100)]
+    note: dict[str, Any]
 
     def line(self) -> bytes:
         """The line's bytes, without its newline; the last field is the sha256 of all others."""
-        own = asdict(self)
+        own = dict(self)
         return canonical(own | {"sha256": hashlib.sha256(canonical(own)).hexdigest()})
 
 
@@ -52,7 +54,8 @@ def append(
     """Add one line and return its entry once it is on disk; processes that do so at once wait for each other.
 
     A line that was torn off (a write without its end) is removed first. Entering or superseding what the ledger already says
-    was entered or superseded, with the same files, adds nothing. Raises RecordError for an unknown event, a damaged ledger.
+    was entered or superseded, with the same files, adds nothing. Raises RecordError for an unknown event, a damaged ledger, a
+    name or digest that is none, and for entering a record while another one stands under its name.
     """
     if event not in EVENTS:
         raise RecordError(f"{event!r} is no event of the ledger; known: {', '.join(EVENTS)}")
@@ -61,9 +64,17 @@ def append(
         known = _standing_of(lines, record) if event in STANDING else None
         if known is not None and (known.event, known.digest, dict(known.files)) == (event, digest, dict(files)):
             return known
+        if known is not None and (event, known.event) == ("entered", "entered") and known.digest != digest:
+            raise RecordError(f"{record}: another record stands under this name ({known.digest[:12]}...); move it away first")
         seq, previous = (_sound(lines[-1], len(lines)).seq + 1, _sha256(lines[-1])) if lines else (0, START)
         at = at or datetime.now(UTC).isoformat(timespec="seconds")
-        entry = Entry(seq, previous, event, record, digest, dict(files), at, dict(note or {}))
+        try:
+            entry = Entry.model_validate({
+                "seq": seq, "previous": previous, "event": event, "record": record, "digest": digest, "files": dict(files),
+                "at": at, "note": dict(note or {}),
+            })  # fmt: skip
+        except ValidationError as error:
+            raise RecordError(f"{record}: cannot be written into the ledger: {first_error(error)}") from None
         handle.seek(0, os.SEEK_END)
         handle.write(entry.line() + b"\n")
         handle.flush()
@@ -119,11 +130,18 @@ def _changed(folder: Path, found: list[Entry]) -> Iterator[str]:
         gone = now is None or now.event == "superseded" or now.digest != entry.digest
         for name, expected in entry.files.items():
             path = kept_as(folder, entry, name) if gone else folder / name
-            if not path.is_file():
+            if not _is_file(path):
                 if not gone:
                     yield f"{name}: the ledger lists it ({entry.event}), but it is missing; restore the file"
             elif sha256_file(path) != expected:
                 yield f"{path.name}: not the file that was {entry.event}, its sha256 differs from the ledger's; restore the file"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False
 
 
 def kept_as(folder: str | Path, entry: Entry, name: str) -> Path:
@@ -169,9 +187,9 @@ def _sound(line: bytes, number: int) -> Entry:
     """The entry of a line that is exactly what `Entry.line` writes."""
     try:
         found = json.loads(line)
-        entry = Entry(**{field.name: found[field.name] for field in fields(Entry)})
+        entry = Entry.model_validate({name: found[name] for name in Entry.model_fields})
         whole = entry.line() == line and all(map(_inside, entry.files))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError):  # a ValidationError is a ValueError
         whole = False
     if not whole:
         raise RecordError(f"{NAME}: line {number} was changed after it was written; restore the file")
@@ -179,7 +197,7 @@ def _sound(line: bytes, number: int) -> Entry:
 
 
 def _inside(name: str) -> bool:
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
 
 
 def _standing_of(lines: list[bytes], record: str) -> Entry | None:

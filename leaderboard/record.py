@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,10 +13,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from leaderboard.errors import RecordError
 from leaderboard.migrations import SCHEMA, STEPS, migrated
-from leaderboard.stats import is_smoothing
+from leaderboard.stats import FRACTION, is_smoothing
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 
 def _fraction(text: str) -> str:
@@ -31,10 +33,22 @@ def _file_name(text: str) -> str:
         raise ValueError(f"{text!r} is no plain file name")
     return text
 
-LARGEST_TABLE = 10**8  # values: a packed file of a few bytes may hold any number of them
 
-# The pattern keeps exponents out: Fraction("1e999999999") would be exact and never finish.
-FractionText = Annotated[str, Field(pattern=r"^\d{1,15}(\.\d{1,15}|/\d{1,15})?$"), AfterValidator(_fraction)]
+def _moment(text: str) -> str:
+    try:
+        known = datetime.fromisoformat(text).tzinfo is not None and datetime.fromisoformat(text).astimezone(UTC) is not None
+    except (ValueError, OverflowError):
+        known = False
+    if not known:
+        raise ValueError(f"{text[:40]!r} is no date and time with its zone like '2026-11-21T09:00:00+00:00'")
+    return text
+
+
+LARGEST_TABLE = 10**8  # values: a packed file of a few bytes may hold any number of them
+LARGEST_TEXT = 2**28  # bytes of all texts of a table: one long one, named by every row, takes next to nothing in the file
+
+FractionText = Annotated[str, Field(pattern=FRACTION), AfterValidator(_fraction)]
+Moment = Annotated[str, Field(max_length=40), AfterValidator(_moment)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_file_name)]
 Count = Annotated[int, Field(ge=0)]
@@ -207,7 +221,7 @@ class Provenance(Strict):
 
 
 class Timing(Strict):
-    created: str
+    created: Moment
     seconds: dict[str, float]
     peak_memory_mib: float | None = None
 
@@ -261,22 +275,65 @@ class Record(Strict):
         path = Path(folder) / self.evidence.verdicts
         try:
             with ParquetFile(path, memory_map=False) as table:
-                if (size := table.metadata.num_rows * table.metadata.num_columns) > LARGEST_TABLE:
-                    raise RecordError(f"{path.name}: {size} values are too many for a verdict table, at most {LARGEST_TABLE}")
-                rows = table.read(use_threads=False).to_pandas(use_threads=False)
+                wanted = self._wanted(table.schema_arrow, path.name)
+                _bounded(table.metadata, wanted, path.name)
+                texts = [column for column, kind in wanted.items() if kind == "text"]
+            with ParquetFile(path, memory_map=False, read_dictionary=texts) as table:
+                read = _unfolded(table.read(columns=list(wanted), use_threads=False), path.name)
+            rows = read.to_pandas(use_threads=False, ignore_metadata=True)
         except RecordError:
             raise
         except FileNotFoundError:
             raise RecordError(f"{path.name}: the verdict table is missing; copy it next to its record") from None
         except Exception as error:  # pyarrow raises many kinds for a damaged file
             raise RecordError(f"{path.name}: cannot be read as Parquet ({type(error).__name__}: {error})") from error
-        may = {column: kind for column, kind in optional_columns(self.document["cell"]).items() if column in rows}
-        for column, kind in {**columns_of(self.document["cell"]), **may}.items():
-            if column not in rows:
-                raise RecordError(f"{path.name}: column {column!r} is missing; the record's cell calls for it")
+        for column, kind in wanted.items():
             if not _is_kind(rows[column], kind):
                 raise RecordError(f"{path.name}: column {column!r} holds {rows[column].dtype}, expected {kind}")
         return rows
+
+    def _wanted(self, schema: pa.Schema, where: str) -> dict[str, str]:
+        """The columns that the cell knows, in the file's order, each with its kind; all others stay unread."""
+        must = columns_of(self.document["cell"])
+        for column in must:
+            if column not in schema.names:
+                raise RecordError(f"{where}: column {column!r} is missing; the record's cell calls for it")
+        known = must | optional_columns(self.document["cell"])
+        wanted = {column: known[column] for column in schema.names if column in known}
+        for column, kind in wanted.items():
+            if schema.names.count(column) > 1:
+                raise RecordError(f"{where}: column {column!r} stands twice")
+            if not _is_arrow_kind(found := schema.field(column).type, kind):
+                raise RecordError(f"{where}: column {column!r} holds {found}, expected {kind}")
+        return wanted
+
+
+def _bounded(metadata: Any, wanted: dict[str, str], where: str) -> None:
+    """Raises RecordError where what would be read is too much, before any of it is."""
+    if (size := metadata.num_rows * len(wanted)) > LARGEST_TABLE:
+        raise RecordError(f"{where}: {size} values are too many for a verdict table, at most {LARGEST_TABLE}")
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    pieces = (group.column(number) for group in groups for number in range(group.num_columns))
+    size = sum(one.total_uncompressed_size for one in pieces if one.path_in_schema in wanted)
+    if size > 8 * LARGEST_TABLE + LARGEST_TEXT:
+        raise RecordError(f"{where}: {size} bytes once unpacked are too many for a verdict table")
+
+
+def _unfolded(table: pa.Table, where: str) -> pa.Table:
+    """The table with plain texts where they were read as numbers into a list of different ones."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    folded = [name for name in table.column_names if pa.types.is_dictionary(table.schema.field(name).type)]
+    size = 0
+    for chunk in (chunk for name in folded for chunk in table.column(name).chunks):
+        size += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+    if size > LARGEST_TEXT:
+        raise RecordError(f"{where}: {size} bytes of text are too many for a verdict table, at most {LARGEST_TEXT}")
+    for name in folded:
+        plain = table.column(name).cast(pa.large_string())
+        table = table.set_column(table.column_names.index(name), name, plain)
+    return table
 
 
 def columns_of(cell: dict[str, Any]) -> dict[str, str]:
@@ -296,6 +353,15 @@ def optional_columns(cell: dict[str, Any]) -> dict[str, str]:
     """The columns that it may have besides, of verifiers that look for counterexamples or test as they draw."""
     kinds = {"survived": "truth", "distance": "number", "looks": "text"}
     return {f"{name}:{verifier['label']}": kind for verifier in cell["verifiers"] for name, kind in kinds.items()}
+
+
+def _is_arrow_kind(found: pa.DataType, kind: str) -> bool:
+    """Whether a column of this type may be read: nothing nested, whose size nobody knows before."""
+    from pyarrow import types
+
+    if kind == "text":
+        return bool(types.is_string(found) or types.is_large_string(found) or types.is_null(found))
+    return bool({"integer": types.is_integer, "truth": types.is_boolean, "number": types.is_floating}[kind](found))
 
 
 def _is_kind(column: pd.Series, kind: str) -> bool:
@@ -321,12 +387,13 @@ def parse(document: Any, name: str) -> Record:
     try:
         record = Record.model_validate(newest)
     except ValidationError as error:
-        raise RecordError(f"{name}: {_first(error)}") from None
+        raise RecordError(f"{name}: {first_error(error)}") from None
     record._document, record._original = newest, document
     return record
 
 
-def _first(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """The place and the reason of what is wrong first, and how many more there are."""
     details = error.errors(include_url=False)
     where = ".".join(str(part) for part in details[0]["loc"]) or "the record"
     message = details[0]["msg"].removeprefix("Value error, ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -9,7 +10,8 @@ import shutil
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -34,6 +36,7 @@ BOARDS = Path(__file__).parent / "boards"  # the definitions and releases that c
 DEFINITION, DOCUMENT, CHANGELOG, PAGE = "board.toml", "release.json", "CHANGELOG.md", "board.md"
 Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}@\d{1,6}$")]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$"
+UNFINISHED = ".release-"  # a release that is being written, or whose writer was killed
 
 
 class Board(Strict):
@@ -103,25 +106,73 @@ class Release(Strict):
 def freeze(title: str, name: str, boards: Path, records: Path, made_by: Mapping[str, Any], processes: int = 1) -> Release:
     """Writes the release <boards>/<title>/<name>/ of the records in <records>/<suite>@<v>/ (or a run's), whole or not at all.
 
-    made_by: version, revision and dirty of this sparsecert. The date is the newest record's, not the clock's. Raises
-    RefusedError where `check` finds a problem with a record or ledger; BoardError for an unknown board, a bad or taken name,
-    no records at all, or records that may not share a board.
+    made_by: version, revision and dirty of this sparsecert. The date is the newest record's, not the clock's. Processes that
+    freeze one board at once wait for each other. Raises RefusedError where `check` finds a problem with a record or ledger, or
+    where a ledger is not the continuation of what earlier releases saw; BoardError for an unknown board, a bad or taken name, no
+    records at all, or records that may not share a board.
     """
     if not re.fullmatch(NAME, name):
         raise BoardError(f"a release is called like 2026-11 or 1.0, of letters, digits, dots, dashes and _; got {name!r}")
     board, folder = read_board(title, boards), boards / title
-    if (folder / name).exists():
-        raise BoardError(f"the release {title}/{name} is there already and never changes; give this one another name")
-    earlier = releases(folder)
-    present = {suite: place for suite in board.suites if any((place := _folder(records / suite)).glob("*.json"))}
+    _refuse_taken(folder / name)
+    places = {suite: _folder(records / suite) for suite in board.suites}
+    present = {suite: place for suite, place in places.items() if any(place.glob("*.json"))}
     if not present:
         raise BoardError(f"there are no records of {', '.join(board.suites)} in {records}")
-    _refuse(present, processes)
-    document, entries = _document(board, name, present, made_by)
-    last = earlier[-1] if earlier else None
-    document["before"] = None if last is None else {"release": last.release, "digest": last.digest}
     folder.mkdir(parents=True, exist_ok=True)
-    return _write(folder / name, document, entries, last)
+    with _alone(folder):
+        _refuse_taken(folder / name)
+        earlier = releases(folder)
+        _refuse(present, processes)
+        if reasons := _rewritten(earlier, places):
+            raise RefusedError(reasons)
+        document, entries = _document(board, name, present, made_by)
+        last = earlier[-1] if earlier else None
+        document["before"] = None if last is None else {"release": last.release, "digest": last.digest}
+        return _write(folder / name, document, entries, last)
+
+
+def _refuse_taken(target: Path) -> None:
+    if target.exists():
+        title = f"{target.parent.name}/{target.name}"
+        raise BoardError(f"the release {title} is there already and never changes; give this one another name")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time adds to a board's releases, and first removes what killed ones left; locks die with holders."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for path in folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _rewritten(earlier: Iterable[Release], places: Mapping[str, Path]) -> list[str]:
+    """A sentence on every ledger that no longer holds the line that was its last at one of these releases."""
+    found = {}
+    for suite, folder in places.items():
+        seen = {ledger.START, ledger.head(folder), *(entry.previous for entry in ledger.entries(folder))}
+        for one in earlier:
+            if (head := one.ledgers.get(suite, ledger.START)) not in seen:
+                found[suite] = (
+                    f"{suite}: the line {head[:12]}... that the ledger ended with at release {one.title} is no longer in it: "
+                    "its history was rewritten; restore the file"
+                )
+    return list(found.values())
+
+
+def rewritten(folder: Path, suite: str, boards: Path) -> list[str]:
+    """Why the ledger of a folder of records is not the continuation of what the releases of the boards in `boards` have seen.
+
+    Raises BoardError where these releases are not whole.
+    """
+    known = sorted({path.parent.parent for path in boards.glob(f"*/*/{DOCUMENT}")})
+    earlier = [one for board in known for one in releases(board)]
+    return _rewritten(earlier, {suite: folder})
 
 
 def _folder(place: Path) -> Path:
@@ -209,7 +260,7 @@ def _plain(value: Any) -> Any:
 
 def _write(target: Path, document: dict[str, Any], entries: pd.DataFrame, last: Release | None) -> Release:
     """All files in a folder beside, which then takes the release's name."""
-    made = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=target.parent))
     try:
         made.chmod(0o755)
         entries.to_parquet(made / "board.parquet", index=False)
@@ -258,7 +309,11 @@ def read_release(folder: Path) -> Release:
         found = Release.model_validate(document)
     except ValidationError as error:
         raise BoardError(f"{path} is no release: {_first(error)}") from None
-    if found.digest != digest(document) or text != _text(document):
+    try:
+        whole = found.digest == digest(document) and text == _text(document)
+    except ValueError:  # an infinite number, or half a character, which no release has
+        whole = False
+    if not whole:
         raise BoardError(f"{path} was changed after it was released; restore the file")
     for name, expected in found.files.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != expected:
@@ -268,7 +323,8 @@ def read_release(folder: Path) -> Release:
 
 def releases(folder: Path) -> list[Release]:
     """All releases of a board's folder, each after the one that it names as the one before. Raises BoardError otherwise."""
-    found = [read_release(path.parent) for path in sorted(folder.glob(f"*/{DOCUMENT}"))]
+    paths = sorted(path.parent for path in folder.glob(f"*/{DOCUMENT}"))
+    found = [read_release(path) for path in paths if not path.name.startswith(".")]
     follows = {None if one.before is None else one.before.digest: one for one in found}
     ordered: list[Release] = []
     while len(ordered) < len(found):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from leaderboard.stats import asked, ball, breakers, certified, is_smoothing, number, threat_verifiers, within_threat
+from leaderboard.stats import asked, ball, breakers, certified, exact, is_smoothing, number, threat_verifiers, within_threat
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +27,7 @@ RADIUS_TOLERANCE = 1e-12
 DISTANCE_ALLOWANCE = 1e-6
 CLEAR_MARGIN = 1e-3  # of logits; near zero, float64 decides, so rounding moves a margin by a thousandth of this at most
 LEAST_GROWTH = Fraction(101, 100)  # of the looks of a sequential test: with less, there are too many to go through
+MOST_DRAWS = 10**9
 
 
 def problems(cell: dict[str, Any], rows: pd.DataFrame) -> list[str]:
@@ -60,8 +61,9 @@ def attacks(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
         label, eps = attack["label"], ball(cell, attack)[1]
         survived, distance = rows[f"survived:{label}"], rows[f"distance:{label}"]
         yield from where(rows, ~correct(rows) & survived, f"misclassified, yet said to survive {label}")
-        spared = np.isnan(distance) & (np.arange(len(distance)) < attack.get("first", len(distance)))
-        yield from where(rows, correct(rows) & survived & spared, f"said to survive {label}, but never attacked")
+        if "first" in attack:
+            yield f"{label} was run on its first images only, which no attack may be: those it never saw would count as survivors"
+        yield from where(rows, correct(rows) & survived & np.isnan(distance), f"said to survive {label}, but never attacked")
         broken, (by_another, before) = correct(rows) & ~survived, _broken_by_others(cell, rows, attack)
         inside = (distance <= float(eps) + DISTANCE_ALLOWANCE) | (np.isnan(distance) & by_another)
         yield from where(rows, broken & ~inside, (
@@ -89,9 +91,10 @@ def _broken_by_others(cell: dict[str, Any], rows: Columns, attack: dict[str, Any
 
 
 def verifiers(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
-    """Statuses are known words, a radius is a finite number from 0, and proved means a radius above 0."""
+    """Statuses are known words, a radius is a finite number from 0, proved means one above 0, and nobody picks who is asked."""
     for verifier in cell["verifiers"]:
         label = verifier["label"]
+        yield from _skipped(verifier, rows)
         status, radius = rows[f"status:{label}"], rows[f"radius:{label}"]
         yield from where(rows, ~np.isin(status, STATUSES), f"status:{label} is none of {', '.join(STATUSES)}")
         yield from where(rows, ~((radius >= 0) & (radius < float("inf"))), f"radius:{label} is no finite number from 0")
@@ -99,6 +102,20 @@ def verifiers(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
         # Smoothing may prove a radius that is too small for the suite's question: open, with a radius.
         may_prove = ("proved", "open") if is_smoothing(verifier) else ("proved",)
         yield from where(rows, ~np.isin(status, may_prove) & (radius > 0), f"{label} has a radius without having proved it")
+
+
+def _skipped(verifier: dict[str, Any], rows: Columns) -> Iterator[str]:
+    """A smoothing verifier with `first` skips the samples after these, all of them; every other one skips none."""
+    label, first, asked_about = verifier["label"], verifier.get("first"), len(rows["index"])
+    if "first" in verifier and not is_smoothing(verifier):
+        yield f"{label} was asked about its first images only, which only smoothing may be: all others judge the same images"
+    elif isinstance(first, int) and not isinstance(first, bool) and first > 0:
+        asked_about = first
+    elif "first" in verifier:
+        yield f"`first` of {label} is no whole number from 1: {first!r:.40}"
+    skips = rows[f"status:{label}"] == "skipped"
+    wrong = skips != (np.arange(len(skips)) >= asked_about)
+    yield from where(rows, wrong, f"status:{label} says skipped of other samples than those after the first {asked_about}")
 
 
 def proofs_against_attacks(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
@@ -128,7 +145,7 @@ def order_of_verifiers(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
         names = tuple(v["name"].replace("_", "-") for v in (one, other))
         if names not in {*pairwise(ORDER), (ORDER[0], ORDER[-1])}:
             continue
-        if (one["norm"], Fraction(one["eps"])) != (other["norm"], Fraction(other["eps"])):
+        if (one["norm"], exact(one["eps"])) != (other["norm"], exact(other["eps"])):
             continue
         answered = np.isin(rows[f"status:{other['label']}"], ("proved", "open"))  # a time-out or error proves nothing
         lost = answered & (rows[f"radius:{one['label']}"] > rows[f"radius:{other['label']}"])
@@ -143,7 +160,7 @@ def monotone_in_eps(cell: dict[str, Any], rows: Columns) -> Iterator[str]:
     """
     for large, small in product(cell["verifiers"], cell["verifiers"]):
         same_question = {**large, "eps": "", "label": ""} == {**small, "eps": "", "label": ""}
-        if small["name"] != ORDER[0] or not same_question or Fraction(small["eps"]) >= Fraction(large["eps"]):
+        if small["name"] != ORDER[0] or not same_question or exact(small["eps"]) >= exact(large["eps"]):
             continue
         sure = (rows[f"radius:{large['label']}"] > 0) & (rows[f"margin:{large['label']}"] > CLEAR_MARGIN)
         lost = sure & (rows[f"status:{small['label']}"] == "open")
@@ -178,8 +195,8 @@ def _radii(verifier: dict[str, Any], rows: Columns) -> Iterator[str]:
         f"radius:{label} is above what any {label} run of its n can prove"
     ))
     rule, full = verifier.get("rule", "fixed"), verifier.get("n")
-    if not isinstance(full, int) or Fraction(str(verifier.get("growth", 2))) < LEAST_GROWTH:
-        yield f"verifier {label} records no number of draws n, or a growth of looks below {LEAST_GROWTH}"
+    if not isinstance(full, int) or not 0 < full <= MOST_DRAWS or exact(verifier.get("growth", 2)) < LEAST_GROWTH:
+        yield f"verifier {label} records no number of draws n up to {MOST_DRAWS}, or a growth of looks below {LEAST_GROWTH}"
         return
     right = rows[f"predicted:{label}"] == rows["label"]
     if rule == "sequential":
@@ -211,7 +228,7 @@ def _sequential(verifier: dict[str, Any], rows: Columns, right: Any) -> Iterator
         yield f"column 'looks:{label}' is missing, so the sequential test cannot be run again"
         return
     grid = sorted({number(one) for one in (verifier["eps"], *verifier.get("grid", ()))})
-    planned = schedule(n, Fraction(str(verifier.get("growth", "11/10"))))
+    planned = schedule(n, exact(verifier.get("growth", "11/10")))
     bad, wrong = [], []
     last = zip(rows[f"n:{label}"], rows[f"hits:{label}"], strict=True)
     for text, end, radius, counts in zip(rows[f"looks:{label}"], last, rows[f"radius:{label}"], right, strict=True):

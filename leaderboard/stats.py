@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,8 +13,11 @@ if TYPE_CHECKING:
 
 WORST = "worst"
 UNION = "union"
+# Without exponents: Fraction("1e999999999") would be exact and never finish.
+FRACTION = r"^[0-9]{1,15}(\.[0-9]{1,15}|/[0-9]{1,15})?$"
 
 
+@lru_cache(maxsize=2**16)
 def interval(hits: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval (low, high) in [0, 1] of a share of `hits` in `n` samples; (0, 1) where n is 0.
 
@@ -43,9 +48,16 @@ def high_probability_accuracy(share: float, n: int, alpha: float, rho: float = 0
     return max(0.0, share - max(alpha + noise, float(binom.ppf(1 - rho, n, alpha)) / n))
 
 
+def exact(value: Any) -> Fraction:
+    """A stored number, which may be text like "8/255". Raises ValueError for text with an exponent, a sign or anything else."""
+    if isinstance(value, str) and not re.match(FRACTION, value):
+        raise ValueError(f"{value[:40]!r} is no number like '8/255' or '0.05'")
+    return Fraction(value) if isinstance(value, str) else Fraction(str(value))
+
+
 def number(value: Any) -> float:
-    """The float nearest to a stored number, which may be text like "8/255"."""
-    return float(Fraction(value)) if isinstance(value, str) else float(value)
+    """The float nearest to a stored number, which may be text like "8/255"; of text, only what `exact` takes."""
+    return float(exact(value)) if isinstance(value, str) else float(value)
 
 
 def is_smoothing(verifier: dict[str, Any]) -> bool:
@@ -61,13 +73,13 @@ def threat_verifiers(cell: dict[str, Any]) -> list[dict[str, Any]]:
 def ball(cell: dict[str, Any], attack: dict[str, Any]) -> tuple[str, Fraction]:
     """The (norm, eps) of an attack: its own, else the cell's threat's."""
     threat = cell["threat"]
-    return attack.get("norm") or threat["norm"], Fraction(str(attack.get("eps") or threat["eps"]))
+    return attack.get("norm") or threat["norm"], exact(attack.get("eps") or threat["eps"])
 
 
 def within_threat(cell: dict[str, Any], attack: dict[str, Any]) -> bool:
     """True if the attack stays in the cell's threat: its norm, and no larger eps."""
     norm, eps = ball(cell, attack)
-    return bool(norm == cell["threat"]["norm"] and eps <= Fraction(cell["threat"]["eps"]))
+    return bool(norm == cell["threat"]["norm"] and eps <= exact(cell["threat"]["eps"]))
 
 
 def breakers(cell: dict[str, Any], rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -62,8 +62,9 @@ question: build cells checkpoints data errors factors onnx_files outside provena
 answer       : build cells question radii sparsity
 certify      : answer build cells curve evaluate export files health onnx_files outside passport question report train | leaderboard
 claims : build cells certify checkpoints curve data errors evaluate health outside provenance question run threat witnesses | leaderboard
-replay       : cells checkpoints claims errors evaluate threat | attacks verifiers
-spot         : cells claims errors evaluate replay | attacks leaderboard
+together     : cells claims evaluate | verifiers
+replay       : cells checkpoints claims errors evaluate threat together | attacks verifiers
+spot         : cells claims errors evaluate replay together | attacks leaderboard
 challenge    : claims errors evaluate files replay threat witnesses | attacks leaderboard verifiers
 contracts    : build cells data errors evaluate factors methods objectives phases selfcheck sparsity threat train | attacks verifiers
 workers      : files cells evaluate run

@@ -38,11 +38,15 @@ def check(
     device: Device = "cpu",
     data_dir: DataDir = None,
     plugins: Annotated[bool, typer.Option("--plugins", help="Also run code from outside that a record names.")] = False,
+    boards: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of boards: the ledgers must go on from what its releases saw; those of sparsecert always do."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Derive every number of every record again and hold every byte against the ledger; exit code 3 with what is wrong."""
     folders = folders_of(runs)
-    found = [checked(folder) for folder in folders]
+    found = [checked(folder, boards) for folder in folders]
     problems = [f"{one['title']}: {sentence}" for one in found for sentence in one["problems"]]
     again: dict[str, Any] | None = None
     if spot and not problems:
@@ -74,14 +78,19 @@ def spot_checked(
     records = [path for folder in folders for path in sorted(folder.glob("*.json"))]
     found, left = spot_checks(records, count, seed, Outside(pick_device(device), data_dir, plugins))
     sentences = [*(sentence for one in found for sentence in one.sentences()), *left]
+    if left:
+        sentences.append(f"NOT RUN AGAIN: {len(left)} of {len(records)} records, so that nothing is known about these")
     return {
-        "holds": all(one.holds for one in found), "seed": seed, "records": [one.as_json() for one in found],
+        "holds": all(one.holds for one in found), "all_run": not left, "seed": seed, "records": [one.as_json() for one in found],
         "not_run": left, "sentences": sentences,
     }
 
 
-def checked(folder: Path) -> dict[str, Any]:
-    """What there is in a folder of records, and every problem with it."""
+def checked(folder: Path, boards: Path | None = None) -> dict[str, Any]:
+    """What there is in a folder of records, and every problem with it; its ledger against the releases of `boards`, too.
+
+    Without any, those of sparsecert's own records against the boards that come with it.
+    """
     from leaderboard import ledger
     from leaderboard.challenges import contradicted
     from leaderboard.checks import check_records, folder_problems
@@ -92,15 +101,29 @@ def checked(folder: Path) -> dict[str, Any]:
     records = check_records(folder, os.cpu_count() or 1)
     problems += [f"{name}: {sentence}" for name, sentences in records.items() for sentence in sentences]
     try:
-        events, head = Counter(one.event for one in ledger.entries(folder)), ledger.head(folder)
+        events, head = Counter[str](one.event for one in ledger.entries(folder)), ledger.head(folder)
         problems += [f"{name}: a witness contradicts one of its certificates; it has no rank" for name in contradicted(folder)]
     except RecordError as error:
         events, head = Counter[str](), None
         problems = problems or [str(error)]
+    problems += _rewritten(folder, boards) if head is not None else []
     return {
         "title": title_of(folder), "folder": str(folder), "records": len(records), "head": head,
         "events": {name: events[name] for name in ledger.EVENTS}, "problems": problems,
     }
+
+
+def _rewritten(folder: Path, boards: Path | None) -> list[str]:
+    from leaderboard.errors import BoardError
+    from leaderboard.paper_claims import RECORDS
+    from leaderboard.releases import BOARDS, rewritten
+
+    if boards is None and folder.resolve().parent != RECORDS.resolve():
+        return []
+    try:
+        return rewritten(folder, title_of(folder), boards or BOARDS)
+    except BoardError as error:
+        return [str(error)]
 
 
 def contradictions(folder: Path) -> list[Path]:

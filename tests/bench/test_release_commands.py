@@ -46,6 +46,10 @@ def test_a_board_is_released_shown_and_compared(records: Path, tmp_path: Path, c
     assert main(["leaderboard", "release", BOARD, "--name", "1.2", *boards, "--records", str(records)]) == 3
     assert f"refused: {SUITE}: {path.name}: not the file that was entered" in capsys.readouterr().err
     assert not (tmp_path / "boards" / BOARD / "1.2").exists()
+    ledger = records / SUITE / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    assert main(["leaderboard", "check", str(records / SUITE), *boards]) == 3
+    assert "its history was rewritten" in capsys.readouterr().err
 
 
 def test_what_is_no_release_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

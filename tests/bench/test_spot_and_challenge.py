@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.__main__ import main
-from bench.cells import read_suite
+from bench.cells import Assignment, read_suite
 from bench.challenge import _judged, challenge
-from bench.claims import Outside, claims_of_record
+from bench.claims import Claims, Outside, claims_of_record
 from bench.data import load as data_set
 from bench.errors import UserError
-from bench.replay import drawn
+from bench.evaluate import evaluate
+from bench.replay import _proven_again, drawn
 from bench.run import Folders, run_cell
-from bench.spot import Spot, spot_check, spot_checks
+from bench.spot import Spot, _whole, spot_check, spot_checks
+from bench.together import OTHER_ALONE, OTHER_MARGIN, in_batch_of_old
 from leaderboard.board import load, ranked
 from leaderboard.canonical import digest, sha256_file
 from leaderboard.challenges import Effect, notes
@@ -34,6 +37,8 @@ from leaderboard.errors import RecordError
 from leaderboard.ledger import NAME, entries, problems
 from leaderboard.record import read
 from leaderboard.stats import metrics_of
+from verifiers import AlphaCrown, Crown, Proof
+from verifiers.proof import fixed_radius_proof
 
 HERE = Outside(torch.device("cpu"))
 EVERYTHING = 10_000
@@ -226,6 +231,19 @@ def test_what_cannot_be_run_is_named_and_nothing_runs_without_any_checkpoint(cop
         spot_checks([copy], 0, 0, HERE)
 
 
+def test_check_says_that_records_were_not_run_again(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = ["other: not run again: needs its weights"]
+    monkeypatch.setattr("bench.spot.spot_checks", lambda *_: ([Spot("one", [], 3, [1], 0, [])], left))
+    words = ["leaderboard", "check", str(run), "--spot", "1"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["spot"]
+    assert (found["holds"], found["all_run"], found["not_run"]) == (True, False, left)
+    assert main(words) == 0
+    assert "NOT RUN AGAIN: 1 of 1 records" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_cell_measured_again_supersedes_its_record_which_stays_readable(copy: Path) -> None:
     old = read(copy)
@@ -241,6 +259,70 @@ def test_a_cell_measured_again_supersedes_its_record_which_stays_readable(copy: 
     ]
     assert problems(copy.parent) == []
     assert load(copy.parent.parent)["record"].tolist() == [copy.stem]
+
+
+# ---- bounds that depend on the batch ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InCompany(Crown):
+    """As auto-LiRPA's bounds may: proves what is given with `least` images or more, by a margin that says how many there are."""
+
+    least: int = 1
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
+        margin = torch.full((len(x),), float(len(x))) * (1 if len(x) >= self.least else -1)
+        return fixed_radius_proof(float(self.eps), margin > 0, margin, y)
+
+
+@dataclass(frozen=True)
+class Hopeless(AlphaCrown):
+    """Proves nothing by itself."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Proof:
+        nothing = torch.full((len(x),), -1.0)
+        return fixed_radius_proof(float(self.eps), nothing > 0, nothing, y, details={"raw_margin": nothing})
+
+
+def judged_by(run: Path, *tools: Crown | AlphaCrown) -> tuple[Claims, int]:
+    """The claims of a record of these verifiers alone, and a row that is classified correctly."""
+    (path,) = (run / "records").glob("*.json")
+    claims = claims_of_record(path, HERE)
+    verifiers = [Assignment(type(one).__name__, {"name": "crown"}, replace(one, eps=claims.threat.eps)) for one in tools]
+    split = claims.samples
+    rows = evaluate(claims.model, split.pixels(), split.labels, split.index.tolist(), claims.threat, [], verifiers).rows
+    (at, *_) = np.flatnonzero(rows["predicted"] == rows["label"]).tolist()
+    return replace(claims, rows=rows, attacks=[], verifiers=verifiers), at
+
+
+def test_an_honest_margin_that_depends_on_the_batch_accuses_nobody(run: Path) -> None:
+    claims, at = judged_by(run, InCompany())
+    for found in (_whole(claims, [at]), _proven_again(claims, [(0, at)])):
+        (own,) = [one for one in found if one.by]
+        assert (own.why, own.note) == ("", OTHER_MARGIN)
+
+
+def test_a_proof_that_needs_its_batch_is_made_again_in_it(run: Path) -> None:
+    claims, at = judged_by(run, InCompany(least=2), Hopeless())
+    assert claims.rows["status:Hopeless"][at] == "proved", "taken over from the other"
+    for found in (_whole(claims, [at]), _proven_again(claims, [(0, at), (1, at)])):
+        assert [(one.by, one.why, one.note) for one in found if one.by] == [
+            ("InCompany", "", OTHER_ALONE), ("Hopeless", "", OTHER_ALONE),
+        ]
+    ((made),) = in_batch_of_old(claims, [(claims.verifiers[0], at)])
+    assert made.found["margin:InCompany"] == claims.rows["margin:InCompany"][at]
+
+
+@pytest.mark.parametrize("least", [1, 2, EVERYTHING])
+def test_a_status_that_is_another_one_in_the_batch_of_old_too_is_found_out(run: Path, least: int) -> None:
+    claims, at = judged_by(run, InCompany(least=least))
+    false = ["proved", 0.06] if least == EVERYTHING else ["open", 0.0]
+    claims.rows.loc[at, ["status:InCompany", "radius:InCompany"]] = false
+    claims.rows.loc[at, "margin:InCompany"] = 1.0 if least == EVERYTHING else -1.0
+    if least == 2:
+        assert [one.why for one in _whole(claims, [at]) if one.why] == [], "open alone, as it says"
+        return
+    assert [one.by for one in _whole(claims, [at]) if one.why] == ["InCompany"]
 
 
 # ---- challenges ------------------------------------------------------------------------------------------------------

@@ -92,6 +92,20 @@ def test_a_superseded_record_does_not_count(run: Run) -> None:
     assert load(run.root)["record"].tolist() == ["new"]
 
 
+def test_a_record_of_another_cell_replaces_nothing(run: Run) -> None:
+    honest = run.add(name="honest")
+    other = run.add(method="lwm", name="other")
+    for victim in (honest.digest, honest.id):
+        run.edit(other, lambda document, victim=victim: document.update(supersedes=victim))
+        assert sorted(load(run.root)["record"]) == ["honest", "other"]
+
+
+def test_a_method_without_settings_keeps_its_plain_name_beside_one_with_some(run: Run) -> None:
+    run.add(name="plain")
+    run.edit(run.add(name="set"), lambda document: document["cell"]["method"].update(scope="net"))
+    assert load(run.root).set_index("record")["method"].to_dict() == {"plain": "hydra", "set": "hydra (scope=net)"}
+
+
 def test_the_same_cell_measured_twice_is_refused(run: Run) -> None:
     run.add(name="one")
     run.add(name="two")

@@ -194,6 +194,42 @@ def test_totals_that_cannot_be_are_named(run: Run) -> None:
     assert "robust.apgd has 19 hits, more than clean with 18" in problems
 
 
+def test_nobody_chooses_which_samples_are_skipped(run: Run) -> None:
+    def found(forgery: Forgery) -> list[str]:
+        return check(run.forge(run.add(), forgery), run.records)
+
+    deterministic = found(put(11, status__ibp="skipped"))
+    assert deterministic == ["status:ibp says skipped of other samples than those after the first 20: sample 11"]
+    nothing = {"predicted__smoothing": -1, "radius__smoothing": 0.0, "hits__smoothing": 0, "n__smoothing": 0}
+    early = found(put(4, status__smoothing="skipped", **nothing))
+    assert early == ["status:smoothing says skipped of other samples than those after the first 10: sample 4"]
+    late = found(put(10, status__smoothing="abstain", hits__smoothing=500, n__smoothing=DRAWS))
+    assert late == ["status:smoothing says skipped of other samples than those after the first 10: sample 10"]
+
+
+@pytest.mark.parametrize("first", [0, -1, True, "10", None, 10.0])
+def test_first_is_a_count_and_belongs_to_smoothing(run: Run, first: Any) -> None:
+    def says(verifier: int, value: Any) -> list[str]:
+        verifiers = cell_of()["verifiers"]
+        verifiers[verifier] |= {"first": value}
+        return check(run.add(verifiers=verifiers), run.records)
+
+    assert any(one.startswith("`first` of smoothing is no whole number from 1") for one in says(2, first))
+    assert says(0, 20) == [
+        "ibp was asked about its first images only, which only smoothing may be: all others judge the same images"
+    ]
+
+
+@pytest.mark.parametrize("field", ["alpha", "sigma", "growth", "grid"])
+def test_a_number_with_a_huge_exponent_is_named_and_never_computed(run: Run, field: str) -> None:
+    verifiers = cell_of()["verifiers"]
+    value: Any = ["1e999999999"] if field == "grid" else "1e999999999"
+    rows = rows_of().assign(**{"looks:smoothing": ""})
+    verifiers[2] |= {"rule": "sequential", field: value}
+    found = check(run.add(rows, verifiers=verifiers), run.records)
+    assert any("'1e999999999' is no number like '8/255' or '0.05'" in one for one in found)
+
+
 @pytest.mark.parametrize("alpha", ["much", None, [], {}, "1/0"])
 def test_a_cell_that_makes_no_sense_is_named_and_no_crash(run: Run, alpha: Any) -> None:
     def senseless(document: dict[str, Any]) -> None:
@@ -258,8 +294,52 @@ def test_a_layer_that_the_weights_have_not_is_named(run: Run) -> None:
     def rename(document: dict[str, Any]) -> None:
         document["sparsity"]["layers"] = {"conv9": [4, 16], "fc": [8, 8]}
 
-    (problem,) = check(run.edit(run.add(), rename), run.records)
-    assert "has no tensor 'conv9.weight'" in problem
+    missing, hidden = check(run.edit(run.add(), rename), run.records)
+    assert "has no tensor 'conv9.weight'" in missing
+    assert hidden.endswith("holds conv1.weight, which sparsity.layers does not count")
+
+
+def test_a_layer_cannot_be_hidden_while_its_weights_are_there(run: Run) -> None:
+    def hide(document: dict[str, Any]) -> None:
+        document["sparsity"] |= {"layers": {"conv1": [4, 16]}, "kept": 4, "total": 16}
+
+    (problem,) = check(run.edit(run.add(), hide), run.records)
+    assert problem.endswith("holds fc.weight, which sparsity.layers does not count")
+
+
+def test_what_has_one_dimension_need_not_be_counted(run: Run) -> None:
+    record = run.add()
+    path = run.root / "checkpoints" / f"{record.id}.safetensors"
+    save_file({**WEIGHTS, "bn.weight": np.ones(4, np.float32), "fc.bias": np.ones(2, np.float32)}, path)
+    signed = run.edit(record, lambda one: one["evidence"].update(weights_sha256=sha256_file(path)))
+    assert check(signed, run.records) == []
+
+
+OWN_BUDGET = "the method kept 12 of 24 weights, more than density 1/4 allows"
+
+
+@pytest.mark.parametrize(
+    "scope, density, warnings, problems",
+    [
+        ("global", "1/2", [], []),
+        ("global", "1/4", [], ["sparsity keeps 12 weights, but density 1/4 of 24 allows 6"]),
+        ("global, at most", "1/4", [OWN_BUDGET], ["sparsity keeps 12 weights, but density 1/4 of 24 allows 6"]),
+        ("whole network", "1/4", [], ["sparsity keeps 12 weights, but density 1/4 of 24 allows 6"]),
+        ("whole network", "1/4", [OWN_BUDGET], []),  # a plug-in's, which no board takes
+        ("per layer", "1/2", [], ["fc keeps 8 of 8 weights, but density 1/2 per layer allows 4"]),
+        ("per layer", "1", [], []),
+        ("whole filters per layer", "3/4", [], []),  # 1.5 of 2 filters are 2
+        ("whole filters per layer", "1/2", [], ["fc keeps 8 of 8 weights, but density 1/2 of its 2 filters allows 4"]),
+    ],
+)
+def test_no_more_is_kept_than_density_and_scope_allow(
+    run: Run, scope: str, density: str, warnings: list[str], problems: list[str]
+) -> None:
+    def says(document: dict[str, Any]) -> None:
+        document["sparsity"]["scope"] = scope
+        document["checks"]["warnings"] = warnings
+
+    assert check(run.edit(run.add(density=density), says), run.records) == problems
 
 
 def test_layers_that_do_not_sum_up_are_named(run: Run) -> None:

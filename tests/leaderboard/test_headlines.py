@@ -105,6 +105,28 @@ def test_without_a_dense_entry_there_is_no_ratio() -> None:
     assert found["dense_seeds"] == []
 
 
+def test_another_setting_of_dense_does_not_take_the_place_of_the_plain_one() -> None:
+    hits = one_seed({0.5: 0})
+    honest = headline_of(hits, "lwm")
+    hits["dense (zz=1)", 1.0] = {0: losing(1000, 1000)}
+    for order in (hits, dict(reversed(hits.items()))):
+        found = headline_of(order, "lwm")
+        assert {name: found[name] for name in ("dense", "ratio", "ratio:low")} == {
+            name: honest[name] for name in ("dense", "ratio", "ratio:low")
+        }
+        assert per_entry(*board_of(order)).set_index("method").loc["lwm", "difference"] == 0.0
+
+
+def test_with_several_settings_of_dense_and_none_of_them_plain_nothing_is_held_against_dense() -> None:
+    hits = one_seed({0.5: 0})
+    hits["dense (zz=1)", 1.0] = hits.pop(("dense", 1.0))
+    assert headline_of(hits, "lwm")["dense"] == 0.9
+    hits["dense (zz=2)", 1.0] = {0: losing(1000, 1000)}
+    found = headline_of(hits, "lwm")
+    assert [math.isnan(found[name]) for name in ("dense", "ratio", "ratio:low", "ratio:high")] == [True] * 4
+    assert headlines(*board_of(hits))["method"].tolist() == ["lwm"]
+
+
 def test_the_dense_row_comes_first_and_is_within_one_point_of_itself() -> None:
     found = headlines(*board_of(one_seed({0.5: 0, 0.25: 1}))).to_dict("records")
     assert [row["method"] for row in found] == ["dense", "lwm"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from leaderboard import ledger
-from leaderboard.canonical import sha256_file
+from leaderboard.canonical import canonical, sha256_file
 from leaderboard.checks import check_records, folder_problems
 from leaderboard.entering import adopt, enter, retire
 from leaderboard.errors import RecordError
@@ -162,6 +164,42 @@ def test_an_unknown_event_and_a_damaged_last_line_are_refused(tmp_path: Path) ->
         ledger.append(tmp_path, "entered", "a", "0" * 64, {})
 
 
+def test_a_record_is_never_entered_over_another_that_stands(tmp_path: Path) -> None:
+    ledger.append(tmp_path, "entered", "a", "0" * 64, {})
+    with pytest.raises(RecordError, match="a: another record stands under this name"):
+        ledger.append(tmp_path, "entered", "a", "1" * 64, {})
+    assert len(ledger.entries(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": []}, {"files": {"x": 5}}, {"files": {"x\0": "0" * 64}}, {"record": []}, {"record": "../../x"}, {"record": ".x"},
+        {"digest": 5}, {"digest": ""}, {"event": "frobbed"}, {"note": []}, {"at": 1}, {"seq": True}, {"seq": 0.0},
+    ],
+)
+def test_a_line_with_right_hashes_and_wrong_types_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    own: dict[str, Any] = {"seq": 0, "previous": "0" * 64, "event": "superseded", "record": "a", "digest": "0" * 64}
+    own |= {"files": {}, "at": "", "note": {}, **change}
+    line = canonical({**own, "sha256": hashlib.sha256(canonical(own)).hexdigest()})
+    (tmp_path / ledger.NAME).write_bytes(line + b"\n")
+    assert ledger.problems(tmp_path) == ["ledger.jsonl: line 1 was changed after it was written; restore the file"]
+    with pytest.raises(RecordError, match="restore the file"):
+        ledger.entries(tmp_path)
+
+
+def test_what_is_no_name_or_digest_is_not_written(tmp_path: Path) -> None:
+    for record, digest in (("../../x", "0" * 64), ("a", "0")):
+        with pytest.raises(RecordError, match="cannot be written into the ledger"):
+            ledger.append(tmp_path, "entered", record, digest, {})
+    assert ledger.entries(tmp_path) == []
+
+
+def test_a_file_whose_name_is_too_long_to_exist_is_missing(tmp_path: Path) -> None:
+    ledger.append(tmp_path, "entered", "a", "0" * 64, {"x" * 5000: "0" * 64})
+    assert any("is missing" in one for one in ledger.problems(tmp_path))
+
+
 def test_a_ledger_never_points_out_of_its_folder(tmp_path: Path) -> None:
     ledger.append(tmp_path, "entered", "a", "0" * 64, {"../../secret": "0" * 64})
     assert ledger.problems(tmp_path) == ["ledger.jsonl: line 1 was changed after it was written; restore the file"]
@@ -217,7 +255,7 @@ def test_a_superseded_record_does_not_come_back_with_another_clock(run: Run) -> 
     run.add()
     shutil.copy(run.root / "superseded" / f"{record.id}-{record.digest[:8]}.witnesses.safetensors",
                 run.records / f"{record.id}.witnesses.safetensors")  # fmt: skip
-    run.write({**record.original, "timing": {"created": "now", "seconds": {}}})
+    run.write({**record.original, "timing": {"created": "2026-11-22T09:00:00Z", "seconds": {}}})
     assert check_records(run.records) == {record.id: []}
     assert adopt(run.records) == []
 

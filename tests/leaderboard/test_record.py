@@ -94,6 +94,9 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("evidence.extra", 1, "evidence.extra: extra inputs are not permitted"),
         ("sparsity.layers", {"fc": [1]}, "sparsity.layers.fc"),
         ("status", "claimed", "status"),
+        ("timing.created", "banana", "timing.created: 'banana' is no date and time with its zone"),
+        ("timing.created", "2026-11-21T09:00:00", "is no date and time with its zone"),
+        ("timing.created", "0001-01-01T00:00:00+14:00", "is no date and time with its zone"),
     ],
 )
 def test_what_is_not_a_record_of_this_schema_is_refused_with_the_place(run: Run, path: str, value: Any, sentence: str) -> None:
@@ -155,7 +158,7 @@ def test_a_damaged_verdict_table_is_named(run: Run) -> None:
     [
         (lambda rows: rows.drop(columns="survived:apgd"), "column 'survived:apgd' is missing"),
         (lambda rows: rows.assign(**{"survived:apgd": 1}), "column 'survived:apgd' holds int64, expected truth"),
-        (lambda rows: rows.assign(label=0.0), "column 'label' holds float64, expected integer"),
+        (lambda rows: rows.assign(label=0.0), "column 'label' holds double, expected integer"),
         (lambda rows: rows.assign(verdict=None), "column 'verdict'"),
     ],
 )
@@ -168,3 +171,30 @@ def test_a_verdict_table_without_its_columns_is_refused(
     with pytest.raises(RecordError) as refused:
         record.verdicts(run.records)
     assert sentence in str(refused.value)
+
+
+def test_only_the_columns_of_the_cell_are_read(run: Run) -> None:
+    record = run.add()
+    path = run.records / record.evidence.verdicts
+    pd.read_parquet(path).assign(extra="x" * 1000).to_parquet(path, index=False)
+    assert set(record.verdicts(run.records).columns) == set(columns_of(cell_of()))
+
+
+def test_a_long_text_that_every_row_names_is_not_unfolded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = run.add()
+    path = run.records / record.evidence.verdicts
+    pd.read_parquet(path).assign(by="x" * 10_000).to_parquet(path, index=False)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr("leaderboard.record.LARGEST_TEXT", 100_000)
+    with pytest.raises(RecordError, match=r"\d{6} bytes of text are too many for a verdict table, at most 100000"):
+        record.verdicts(run.records)
+
+
+def test_a_nested_column_is_not_read(run: Run) -> None:
+    record = run.add()
+    path = run.records / record.evidence.verdicts
+    rows = pd.read_parquet(path)
+    rows["label"] = [[0] * 100] * len(rows)
+    rows.to_parquet(path, index=False)
+    with pytest.raises(RecordError, match=r"column 'label' holds list<.*>, expected integer"):
+        record.verdicts(run.records)

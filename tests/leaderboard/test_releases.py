@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
+import leaderboard.releases
 from leaderboard import ledger
 from leaderboard.board import load, ranked
 from leaderboard.canonical import sha256_file
@@ -19,7 +22,7 @@ from leaderboard.changes import Change, between, changelog
 from leaderboard.entering import adopt, retire
 from leaderboard.errors import BoardError, LeaderboardError, RefusedError
 from leaderboard.record import Record
-from leaderboard.releases import BOARDS, Release, freeze, page, read_board, read_release, releases
+from leaderboard.releases import BOARDS, UNFINISHED, Release, freeze, page, read_board, read_release, releases, rewritten
 
 from .conftest import Run, rows_of
 
@@ -180,6 +183,72 @@ def test_a_board_without_any_record_is_not_released(board: Board) -> None:
         board.release("1.0")
 
 
+def cut(board: Board, lines: int) -> None:
+    """Takes so many lines off the end of the ledger."""
+    path = board.run.records / ledger.NAME
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-lines]))
+
+
+def test_a_ledger_whose_tail_was_cut_off_is_not_released_again(board: Board) -> None:
+    record = board.run.add()
+    adopt(board.run.records)
+    board.challenge(record, [10], ["pgd-50", "apgd"])
+    board.release("1.0")
+    head = ledger.head(board.run.records)
+    assert rewritten(board.run.records, "toy@1", board.boards) == []
+    cut(board, 1)
+    shutil.rmtree(board.run.records / "challenges")
+    with pytest.raises(RefusedError, match=f"toy@1: the line {head[:12]}.* at release toy@1/1.0 .* its history was rewritten"):
+        board.release("1.1")
+    assert [head[:12] in one for one in rewritten(board.run.records, "toy@1", board.boards)] == [True]
+    assert rewritten(board.run.records, "toy@2", board.boards) == []
+    board.challenge(record, [10], ["pgd-50"])  # another line in its place
+    with pytest.raises(RefusedError, match="its history was rewritten"):
+        board.release("1.1")
+
+
+def test_what_a_killed_release_left_is_no_release_and_is_swept_away(board: Board) -> None:
+    board.run.add()
+    first = board.release("1.0")
+    for name in (f"{UNFINISHED}abc", ".kept"):
+        shutil.copytree(board.folder("1.0"), board.folder(name))
+    (board.folder(f"{UNFINISHED}abc") / "release.json").write_text("{")
+    assert releases(board.folder("")) == [first]
+    second = board.release("1.1")
+    assert second.before is not None
+    assert second.before.digest == first.digest
+    assert {path.name for path in board.folder("").iterdir()} == {"board.toml", "1.0", "1.1", ".kept"}
+
+
+def test_releases_at_once_stand_in_one_chain(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is being written, another waits, so that it names that one as the one before."""
+    board.run.add()
+    adopt(board.run.records)
+    write, waiting = leaderboard.releases._write, list[Future[Release]]()
+    with ThreadPoolExecutor(1) as pool:
+
+        def interrupted(*args: Any) -> Release:
+            if not waiting:
+                waiting.append(pool.submit(board.release, "1.1"))
+                assert wait(waiting, timeout=1.5).not_done, "the other one did not wait"
+            return write(*args)
+
+        monkeypatch.setattr(leaderboard.releases, "_write", interrupted)
+        board.release("1.0")
+        waiting[0].result(timeout=60)
+    assert [one.release for one in releases(board.folder(""))] == ["1.0", "1.1"]
+
+
+@pytest.mark.parametrize("value", ["1e999", '"\\ud800"', "NaN"])
+def test_what_no_release_can_hold_is_one_sentence(board: Board, value: str) -> None:
+    board.run.add()
+    board.release("1.0")
+    path = board.folder("1.0") / "release.json"
+    path.write_text(path.read_text().replace('"arch": "cnn_small"', f'"arch": {value}', 1))
+    with pytest.raises(BoardError, match=r"release\.json"):
+        read_release(board.folder("1.0"))
+
+
 # ---- from one release to the next ------------------------------------------------------------------------------------
 
 
@@ -264,6 +333,22 @@ def test_a_challenge_is_a_reason_and_lowers_the_number(board: Board) -> None:
     assert "clean" not in what
     assert why == f"challenge: A. Name refuted 2 samples of {record.id}"
     assert "2 samples refuted by A. Name" in page(read_release(board.folder("1.1")))
+
+
+@pytest.mark.parametrize(
+    "was, why", [("robust", "a challenge has vanished: A. Name had refuted 1 sample"), ("certified", "the contradiction of")]
+)
+def test_a_challenge_that_vanished_is_a_reason_of_its_own(board: Board, was: str, why: str) -> None:
+    record = board.run.add(rows_of(broken=0))
+    adopt(board.run.records)
+    board.challenge(record, [0], ["ibp", "crown"] if was == "certified" else ["pgd-50"], was)
+    before = board.release("1.0")
+    cut(board, 1)
+    shutil.rmtree(board.run.records / "challenges")
+    shutil.rmtree(board.folder("1.0"))
+    (found,) = between(before, board.release("1.1"))
+    assert len(found.why) == 1
+    assert found.why[0].startswith(why)
 
 
 def test_a_contradiction_takes_the_rank_and_the_certificate(board: Board) -> None:

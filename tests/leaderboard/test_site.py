@@ -239,7 +239,8 @@ def test_records_of_two_folders_share_a_site_and_equal_ones_are_taken_once(run: 
     contents = gather([run.root, other.records])
     assert sorted(one.record.suite for one in contents.kept.values()) == ["tale", "toy"]
     assert contents.title == "tale@3, toy@1"
-    other.edit(other.read("toy@1-cnn_small-hydra-pgd-d1over2-s0"), lambda document: document["timing"].update(created="x"))
+    later = {"created": "2026-11-22T09:00:00Z"}
+    other.edit(other.read("toy@1-cnn_small-hydra-pgd-d1over2-s0"), lambda document: document["timing"].update(later))
     assert len(gather([run.root, other.root]).kept) == 2  # timing is outside the digest
     other.edit(other.read("toy@1-cnn_small-hydra-pgd-d1over2-s0"), lambda document: document["provenance"].update(threads=2))
     with pytest.raises(BoardError, match="name only one of them"):

@@ -36,7 +36,8 @@ OTHER = {**MACHINE, "processor": "Intel(R) Xeon(R) Platinum 8370C"}
 def measured(run: Run, rows: pd.DataFrame | None = None, machine: dict[str, Any] | None = None, **changes: Any) -> Record:
     """A record named as the bench names it."""
     cell = cell_of(**changes)
-    name = f"toy@1-{cell['method']['name']}-s{cell['seed']}-{hashlib.sha256(canonical(cell)).hexdigest()[:8]}"
+    words = [cell["arch"], cell["method"]["name"], cell["objective"]["name"], "d0.5", f"s{cell['seed']}"]
+    name = "-".join(["toy@1", *words, hashlib.sha256(canonical(cell)).hexdigest()[:8]])
     record = run.add(rows, name, **changes)
     return run.edit(record, lambda one: one["provenance"].update(machine=machine or MACHINE))
 
@@ -142,7 +143,7 @@ def test_equal_verdicts_of_what_may_be_the_same_machine_are_no_rerun(
 ) -> None:
     again = another_run(tmp_path / "again")
     for place, machine in ((run, first), (again, second)):
-        record = place.edit(measured(place), lambda one: one["timing"].update(created="later"))
+        record = place.edit(measured(place), lambda one: one["timing"].update(created="2026-11-22T09:00:00Z"))
         place.edit(record, lambda one, machine=machine: one["provenance"].update(machine=machine))
     again.edit(again.read(record.id), lambda one: one["provenance"].update(threads=2))
     add(sent(run, tmp_path), board)
@@ -187,7 +188,7 @@ def test_a_correction_takes_the_place_of_what_it_names_only_where_that_is_allowe
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda one: one.update(id="toy@1-mine"), "its id does not end with the first 8 hex digits"),
+        (lambda one: one.update(id="toy@1-mine"), "its id is not the 'toy@1-cnn_small-hydra-pgd-d0.5-s0-"),
         (lambda one: one["evidence"].update(weights="../checkpoints/other.safetensors"), "'../checkpoints/other.safetensors' is"),
     ],
 )
@@ -202,6 +203,94 @@ def test_a_record_that_could_take_anothers_place_is_refused(
     with pytest.raises(RefusedError, match=sentence):
         add(sent(run, tmp_path), board)
     assert not board.exists()
+
+
+def test_nobody_makes_the_record_of_another_cell_disappear(run: Run, tmp_path: Path, board: Path) -> None:
+    honest = measured(run)
+    add(sent(run, tmp_path), board)
+    other = another_run(tmp_path / "other")
+    other.edit(measured(other, seed=1), lambda one: one.update(supersedes=honest.digest))
+    submission = sent(other, tmp_path)
+    for correct in (False, True):
+        with pytest.raises(RefusedError, match=f"it says that it supersedes {honest.id}, a record of another cell"):
+            add(submission, board, correct=correct)
+
+
+def test_nobody_makes_a_record_disappear_before_it_comes(run: Run, tmp_path: Path, board: Path) -> None:
+    honest, other = measured(run), another_run(tmp_path / "other")
+    squatter = other.edit(measured(other, seed=1), lambda one: one.update(supersedes=honest.digest))
+    add(sent(other, tmp_path), board)
+    with pytest.raises(RefusedError, match=f"{squatter.id}, a record of another cell that stands here, says that it supersedes"):
+        add(sent(run, tmp_path), board)
+
+
+def test_a_record_of_another_cell_with_an_equal_id_is_refused(
+    run: Run, tmp_path: Path, board: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = measured(run)
+    add(sent(run, tmp_path), board)
+    before, other = files(board), another_run(tmp_path / "other")
+    other.add(None, honest.id, budget={"pretrain": 2})
+    submission = sent(other, tmp_path)
+    with pytest.raises(RefusedError, match=r"its id is not the 'toy@1-cnn_small-hydra-pgd-d0\.5-s0-"):
+        add(submission, board)
+    monkeypatch.setattr("leaderboard.adding.proper_id", lambda record: honest.id)  # as after 2**32 tries
+    with pytest.raises(RefusedError, match="a record of another cell stands here under its id"):
+        add(submission, board)
+    assert files(board) == before
+
+
+def test_an_id_tells_what_its_cell_is(run: Run, tmp_path: Path, board: Path) -> None:
+    record = measured(run)
+    run.add(None, record.id.replace("-hydra-", "-dense-"))
+    for path in run.records.glob(f"{record.id}.*"):
+        path.unlink()
+    with pytest.raises(RefusedError, match=f"its id is not the '{record.id}' of its cell"):
+        add(sent(run, tmp_path), board)
+
+
+@pytest.mark.parametrize("settings", [True, False])
+def test_what_may_not_share_a_board_never_enters(run: Run, tmp_path: Path, board: Path, settings: bool) -> None:
+    measured(run)
+    add(sent(run, tmp_path), board)
+    before, other = files(board), another_run(tmp_path / "other")
+    record = measured(other, seed=1, **({"budget": {"pretrain": 2}} if settings else {}))
+    if not settings:
+        other.edit(record, lambda one: one["samples"].update(digest="b" * 64))
+    differs = "settings" if settings else "test samples"
+    with pytest.raises(RefusedError, match=f"have different {differs} and may not share a board"):
+        add(sent(other, tmp_path), board)
+    assert files(board) == before
+
+
+def test_a_record_that_keeps_more_than_its_density_asks_for_enters_no_board(run: Run, tmp_path: Path, board: Path) -> None:
+    def plug_in(document: dict[str, Any]) -> None:
+        document["sparsity"]["scope"] = "whole network"
+        document["checks"]["warnings"] = ["the method kept 12 of 24 weights, more than density 1/4 allows"]
+
+    cell = cell_of(density="1/4")
+    name = f"toy@1-cnn_small-hydra-pgd-d0.25-s0-{hashlib.sha256(canonical(cell)).hexdigest()[:8]}"
+    run.edit(run.add(None, name, density="1/4"), plug_in)
+    with pytest.raises(RefusedError, match="more than density 1/4 allows, and a board ranks by density"):
+        add(sent(run, tmp_path), board)
+
+
+def test_whoever_sent_a_record_is_named_though_its_addition_was_killed(
+    run: Run, tmp_path: Path, board: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(run)
+    submission = sent(run, tmp_path)
+
+    def dies(*words: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("leaderboard.adding.enter", dies)
+        with pytest.raises(KeyboardInterrupt):
+            add(submission, board)
+    add(submission, board)
+    (entry,) = ledger.entries(board)
+    assert entry.note == {"by": "A. Name", "submission": sha256_file(submission)}
 
 
 def test_versions_of_a_suite_never_mix(run: Run, tmp_path: Path) -> None:
