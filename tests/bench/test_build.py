@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import metadata
@@ -255,10 +256,11 @@ def function():
 
 
 @pytest.fixture
-def plugin(tmp_path: Path) -> Path:
+def plugin(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "mine.py"
     path.write_text(PLUGIN)
-    return path
+    yield path
+    sys.modules.pop("mine", None)  # imported by its name: the next test must not find it
 
 
 @pytest.mark.parametrize("kind", ["method", "objective", "attack", "verifier"])

@@ -27,6 +27,7 @@ def test_models_of_the_suite_are_bounded_in_order_and_soundly(name: str, norm: s
     in_order(name, norm, eps, AlphaCrown(norm, eps, iterations=4))
 
 
+@pytest.mark.slow
 def test_the_large_model_is_bounded_in_order_and_soundly() -> None:
     in_order("cnn_large", "linf", Fraction(1, 50), AlphaCrown("linf", Fraction(1, 50), iterations=2), n=1)
 
