@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.models import PLAIN, build_model
+from bench.models import build_model
 from tests.verifiers.small_nets import RULE_NETS, images, labels, linear, lowest_reached, randomised
 from tests.verifiers.test_lirpa import BROKEN
 from verifiers import IBP, AlphaCrown, Crown, CrownIBP, UnsupportedNetworkError, lirpa_compat
@@ -22,7 +22,7 @@ FALLBACK = "without optimised slopes"
 
 
 @pytest.mark.parametrize("norm, eps", BALLS)
-@pytest.mark.parametrize("name", [name for name in PLAIN if name != "cnn_large"])
+@pytest.mark.parametrize("name", ["mlp", "cnn_small", pytest.param("lenet", marks=pytest.mark.slow)])
 def test_models_of_the_suite_are_bounded_in_order_and_soundly(name: str, norm: str, eps: Fraction) -> None:
     in_order(name, norm, eps, AlphaCrown(norm, eps, iterations=4))
 

@@ -96,7 +96,7 @@ def test_one_linear_layer_is_bounded_exactly(verifier: Any, norm: str, eps: Frac
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", Fraction(1, 50)), ("l2", Fraction(1, 10))])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "cnn_large" else []) for name in PLAIN])
 def test_models_of_the_suite_are_bounded_in_order_and_soundly(name: str, norm: str, eps: Fraction) -> None:
     """Radii and margins ibp <= crown-ibp <= crown <= what an attack reaches; at this eps some images are certified."""
     side = 4 if name == "cnn_large" else SIDES[name]  # CROWN through its four convolutions is slow at 8x8
