@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 endif
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -q
 # two processes of one thread each, where pytest-xdist is there
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null)
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .PHONY: demo test test-slow check clean

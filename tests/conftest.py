@@ -27,3 +27,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    items.sort(key=lambda item: item.path.name != "test_journeys.py")  # the longest file first: two processes end together
